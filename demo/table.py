@@ -1,0 +1,156 @@
+"""The end of the demo: base, SFT and PPO at several iterations answer the same held-out prompts, side by side.
+
+    python -m demo.table --folder demo_output
+
+Reads what the three scripts wrote under the folder, samples one reply to each held-out prompt from each model (one base
+in memory, adapters switched), judges it by the gold rules and by the reward model, prints the table and a few replies,
+and writes table.md and table.json.  Exits with 1 when the outcome misses the demo's bars (see BARS).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+
+from demo.gold import gold_score
+from utils.adapters import (
+    REWARD,
+    add_score_head,
+    enable_jobs,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+    read_adapter,
+    score_job,
+    use_adapter,
+)
+from utils.arguments import InputError, ModelArguments, run_script
+from utils.data import encode_prompt
+from utils.report import read_jsonl, write_json
+from utils.rollout import Sampling, make_batch, sample_replies
+
+BATCH = 64
+SHOWN = 3  # prompts whose replies are printed
+BARS = """reward accuracy at least 0.90
+SFT gold above base gold
+PPO gold at least 1.2 times SFT gold
+PPO reply length between 0.5 and 2 times SFT's
+no empty PPO reply"""
+
+
+class Row(NamedTuple):
+    """One model's replies to all held-out prompts."""
+
+    name: str
+    gold: float  # mean, 0 to 1
+    score: float  # mean, as the reward model gives it
+    length: float  # mean, tokens
+    empty: float  # share of replies without text
+    replies: list[str]
+
+
+def judge(model: PeftModel, name: str, adapters: list[str], prompts: list[str], tokenizer, settings: dict) -> Row:
+    """Let the model with `adapters` reply to every prompt, the seed of a reply being its prompt's number."""
+    sampling = Sampling(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=settings["output_max_length"],
+        begin_suppress_tokens=(tokenizer.eos_token_id, tokenizer.pad_token_id),
+    )
+    replies, scores = [], []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        queries = [encode_prompt(prompt, settings["prompt_template"], tokenizer) for prompt in part]
+        with use_adapter(model, *adapters):
+            sampled = sample_replies(model, queries, range(start, start + len(part)), sampling)
+        batch = make_batch(queries, sampled, tokenizer.pad_token_id)
+        with torch.no_grad(), use_adapter(model, REWARD):
+            job = score_job(batch.attention_mask, REWARD)
+            scores += model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=job).tolist()
+        replies += sampled
+    texts = [text.strip() for text in tokenizer.batch_decode(replies, skip_special_tokens=True)]
+    return Row(
+        name,
+        gold=sum(gold_score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)) / len(prompts),
+        score=sum(scores) / len(scores),
+        length=sum(map(len, replies)) / len(replies),
+        empty=sum(not text for text in texts) / len(texts),
+        replies=texts,
+    )
+
+
+def missed_bars(rows: list[Row], accuracy: float) -> list[str]:
+    """The bars that the outcome misses; rows: base, SFT, PPO ..., the last one being the final PPO model."""
+    base, sft, ppo = rows[0], rows[1], rows[-1]
+    met = (
+        accuracy >= 0.9,
+        sft.gold > base.gold,
+        ppo.gold >= 1.2 * sft.gold,
+        0.5 * sft.length <= ppo.length <= 2 * sft.length,
+        ppo.empty == 0,
+    )
+    return [bar for bar, ok in zip(BARS.splitlines(), met, strict=True) if not ok]
+
+
+def as_markdown(rows: list[Row], prompts: list[str], accuracy: float) -> str:
+    """The table and the replies to the first prompts."""
+    lines = [
+        f"Reward model: accuracy {accuracy:.3f} on held-out pairs. {len(prompts)} held-out prompts:",
+        "",
+        "| model | gold score | reward score | reply length | empty replies |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| {r.name} | {r.gold:.3f} | {r.score:.2f} | {r.length:.1f} tokens | {r.empty:.1%} |" for r in rows]
+    for i in range(SHOWN):
+        lines += ["", f"| prompt | {prompts[i]} |", "|---|---|"]
+        lines += [f"| {r.name} | {' '.join(r.replies[i].split())} |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="folder with world, sft, reward and ppo in it")
+    folder = parser.parse_args().folder
+
+    # ---- Base and adapters ----
+    checkpoints = sorted((folder / "ppo").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    if not checkpoints:
+        raise InputError(f"there is no checkpoint under {folder / 'ppo'}; run scripts/demo.sh, which makes them")
+    card = json.loads((folder / "reward" / "reward_card.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / "ppo" / "run.json").read_text(encoding="utf-8"))["arguments"]
+    model_args = ModelArguments(str(folder / "world" / "base"), settings["prompt_template"])
+    tokenizer = load_tokenizer(model_args)
+    base = load_base(model_args, torch.float32)
+    enable_jobs(base)
+    add_score_head(base)
+    sft = read_adapter(str(folder / "sft"), "--folder")
+    model = PeftModel(base, sft.config, "sft")
+    for name, path in [("sft", folder / "sft"), (REWARD, folder / "reward"), *((p.name, p) for p in checkpoints)]:
+        load_adapter(model, read_adapter(str(path), "--folder"), name)
+    model.eval()
+
+    # ---- Replies ----
+    prompts = [row["prompt"] for row in read_jsonl(str(folder / "world" / "heldout_prompts.jsonl"))]
+    models = [("base", []), ("SFT", ["sft"])]
+    models += [(f"PPO ({path.name.split('-')[1]})", [path.name]) for path in checkpoints]
+    rows = [judge(model, name, adapters, prompts, tokenizer, settings) for name, adapters in models]
+
+    # ---- Report ----
+    table = as_markdown(rows, prompts, card["accuracy"])
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    missed = missed_bars(rows, card["accuracy"])
+    figures = [{**row._asdict(), "replies": None} for row in rows]
+    write_json({"reward_accuracy": card["accuracy"], "models": figures, "missed": missed}, str(folder / "table.json"))
+    print(f"\n{table}\nadapters: {folder}/sft, {folder}/reward, {folder}/ppo (and its checkpoints by iteration)")
+    print(f"metrics:  metrics.jsonl in each of them; pictures: {folder}/ppo/plots; merged model: {folder}/merged")
+    if missed:
+        print("the demo missed: " + "; ".join(missed), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,267 @@
+"""Optional last stage: base + any adapter -> a standalone model, for serving.
+
+    python merge_lora.py --base_model_name MODEL --adapter_path output/ppo --output_dir output/ppo_merged
+    python merge_lora.py --base_model_name MODEL --adapter_path output/reward --output_dir output/judge --as_classifier
+
+The three stages never merge: this is for programs that take whole models only.  It runs on the CPU, and holds the base
+once.  What was written is loaded again with plain transformers and compared with base + adapter before the folder gets
+its name, so an output folder that exists is a model that was checked.
+
+A reward adapter becomes a one-label sequence classifier.  The classifiers of transformers read the score at the last
+token whose id is not the pad id, not by the attention mask.  So where a tokenizer pads with EOS, which is the very token
+to read, the classifier and its tokenizer get a pad token of their own.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from utils.adapters import (
+    POLICY,
+    SavedAdapter,
+    add_score_head,
+    attach_adapter,
+    check_adapter,
+    enable_jobs,
+    load_base,
+    load_tokenizer,
+    read_adapter,
+    score_job,
+)
+from utils.arguments import (
+    DEFAULT_TEMPLATE,
+    InputError,
+    ModelArguments,
+    check_new_folder,
+    parse_arguments,
+    run_script,
+    say,
+)
+from utils.data import pad_right
+from utils.report import run_record, write_json
+
+# Texts on which the saved model is compared with base + adapter: of different lengths, so that a batch has padding.
+PROBES = (
+    "Yes.",
+    "问：苹果好吃吗？\n\n答：",
+    "What is the capital of France?",
+    "The cat sat on the mat, and the dog ran away.",
+)
+# Largest difference allowed, as a share of the largest logit or score.  In 16 bits every merged weight is rounded once
+# more than base and adapter were, and the layers add that up.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+@dataclass
+class MergeArguments(ModelArguments):
+    """What to merge, and where to."""
+
+    # The adapter's own: a merge formats no prompt.
+    prompt_template: str = field(default=DEFAULT_TEMPLATE, init=False)
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the weights that are written: auto (the one that the base is stored in), or one of these.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    adapter_path: str | None = field(default=None, metadata={"help": "Adapter of any stage: SFT, reward or PPO."})
+    output_dir: str = field(default="output/merged", metadata={"help": "Folder for the standalone model."})
+    as_classifier: bool = field(
+        default=False, metadata={"help": "Write a reward adapter as a sequence classifier with one label, the score."}
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_kind(adapter: SavedAdapter, as_classifier: bool) -> None:
+    """Raise InputError where the adapter cannot become the wanted kind of model."""
+    if adapter.has_score_head and not as_classifier:
+        raise InputError(
+            f"--adapter_path {adapter.path} is a reward adapter; add --as_classifier to write it as a sequence classifier"
+        )
+    if as_classifier and not adapter.has_score_head:
+        raise InputError(
+            f"--adapter_path {adapter.path} holds no score head, so it is no reward adapter; leave out --as_classifier"
+        )
+
+
+def check_not_merged(base: str, adapter: SavedAdapter) -> None:
+    """Raise InputError where the base is a merged model, unless the adapter was trained on that very folder.
+
+    The fingerprint cannot tell: it reads the embedding, which LoRA leaves as it was.
+    """
+    path = os.path.join(base, "run.json")
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        record = json.load(file)
+    trained_on = adapter.run.get("base_model") or adapter.config.base_model_name_or_path or ""
+    if record.get("stage") == "merged" and os.path.realpath(trained_on) != os.path.realpath(base):
+        raise InputError(
+            f"--base_model_name {base} is already a merged model ({record['base_model']} with {record['adapter']}), "
+            f"and {adapter.path} was not trained on it; give the base that it was trained on"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model says
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Logits of every token of PROBES, float32 [tokens, V]; one text at a time, so that padding plays no part."""
+    rows = [torch.tensor([tokenizer(text)["input_ids"]]) for text in PROBES]
+    return torch.cat([model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].float() for ids in rows])
+
+
+def probe_batch(tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """PROBES as the reward model reads replies: EOS at the end, padded on the right to one batch."""
+    rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in PROBES]
+    ids, mask = pad_right(rows, tokenizer.pad_token_id)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def adapter_outputs(model: PeftModel, tokenizer: PreTrainedTokenizerBase, as_classifier: bool) -> Tensor:
+    """Logits or scores of PROBES from base + adapter, not merged."""
+    if not as_classifier:
+        return probe_logits(model, tokenizer)
+    batch = probe_batch(tokenizer)
+    return model(**batch, job=score_job(batch["attention_mask"], POLICY))
+
+
+@torch.no_grad()
+def saved_outputs(folder: str, as_classifier: bool, trust_remote_code: bool) -> Tensor:
+    """Logits or scores of PROBES from a saved model, by transformers alone: its own classes, tokenizer and pooling."""
+    auto = AutoModelForSequenceClassification if as_classifier else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if not as_classifier:
+        return probe_logits(model, tokenizer)
+    return model(**probe_batch(tokenizer)).logits[:, 0].float()
+
+
+def largest_difference(expected: Tensor, found: Tensor, dtype: torch.dtype) -> float:
+    """Largest difference, as a share of the largest expected number (of 1 where all are smaller).
+
+    Raises RuntimeError when it is too large for `dtype`, or not a number.
+    """
+    scale = max(1.0, float(expected.abs().max()))
+    difference = float((expected - found).abs().max()) / scale
+    if not difference <= TOLERANCE[dtype]:  # nan compares as False
+        raise RuntimeError(
+            f"the saved model differs from base + adapter by {difference:.1e} of its largest output, more than the "
+            f"{TOLERANCE[dtype]:.0e} that {dtype} explains; nothing was written"
+        )
+    return difference
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merging
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_classifier(
+    merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The decoder and the score head of `merged` as the family's own sequence classifier.
+
+    May give `tokenizer` a pad token.  Raises InputError when transformers has no such classifier for the family.
+    """
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        if tokenizer.pad_token_id >= merged.get_input_embeddings().num_embeddings:
+            merged.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)  # masked: any row will do
+    config = merged.config
+    config.num_labels = 1
+    config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    try:
+        with torch.device("meta"):  # an empty shell: decoder and head are put in below
+            shell = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise InputError(f"transformers has no sequence classifier for {type(merged).__name__}") from error
+    setattr(shell, shell.base_model_prefix, merged.base_model)
+    shell.score = merged.score.to(merged.dtype)
+    return shell.eval()
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: MergeArguments, folder: str) -> None:
+    """Weights, configuration and tokenizer; a causal model keeps the generation defaults of its base."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if args.as_classifier:
+        return
+    try:
+        defaults = GenerationConfig.from_pretrained(args.model_name_or_path)
+    except OSError:  # the base has none
+        return
+    defaults.save_pretrained(folder)  # load_base took them away
+
+
+def main() -> None:
+    # ---- Arguments ----
+    (args,) = parse_arguments((MergeArguments,), description="Base + adapter -> standalone model.")
+    target = os.path.realpath(args.output_dir)
+    check_new_folder(args.output_dir)
+    adapter = read_adapter(args.adapter_path, "--adapter_path")
+    check_kind(adapter, args.as_classifier)
+    check_not_merged(args.model_name_or_path, adapter)
+    args.prompt_template = adapter.run.get("prompt_template")
+
+    # ---- Tokenizer ----
+    tokenizer = load_tokenizer(args)
+
+    # ---- Model ----
+    base = load_base(args, args.dtype)  # "auto" is transformers' own word for the type that the weights are stored in
+    check_adapter(adapter, "--adapter_path", args.as_classifier, args.prompt_template, base)
+    record = run_record("merged", base, args, adapter=adapter.path, adapter_stage=adapter.run.get("stage"))
+    if args.as_classifier:
+        enable_jobs(base)
+        add_score_head(base)
+    model = attach_adapter(base, adapter, adapter.config).eval()
+    expected = adapter_outputs(model, tokenizer, args.as_classifier)
+
+    # ---- Merge ----
+    merged = model.merge_and_unload()
+    dtype = base.dtype
+    if args.as_classifier:
+        merged = to_classifier(merged, tokenizer, args.trust_remote_code)
+
+    # ---- Save ----
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    # beside the target, to be on its disk; removed with all that is in it, whatever happens
+    with tempfile.TemporaryDirectory(prefix=".merge_", dir=os.path.dirname(target)) as temporary:
+        folder = os.path.join(temporary, "model")
+        save_model(merged, tokenizer, args, folder)
+        del base, model, merged  # the saved model is loaded next: memory for one is enough
+        difference = largest_difference(
+            expected, saved_outputs(folder, args.as_classifier, args.trust_remote_code), dtype
+        )
+        write_json({**record, "largest_difference": difference}, folder, "run.json")
+        os.replace(folder, target)
+    say(
+        f"largest difference between base + adapter and the saved model: {difference:.1e} of the largest output "
+        f"({dtype})\nmerged model: {args.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

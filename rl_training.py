@@ -1,0 +1,632 @@
+"""Stage 3: PPO on one frozen base, where adapters play the parts.
+
+    python rl_training.py --config configs/ppo_demo.yaml
+    CUDA_VISIBLE_DEVICES=0,1,2 python rl_training.py --base_model_name MODEL --sft_model_lora_path SFT \\
+        --reward_model_lora_path REWARD --output_dir OUTPUT --batch_size 8 --ppo_epochs 4 --log_with wandb
+
+    policy     base + a trainable copy of the SFT adapter          reward     base + reward adapter and its score head
+    reference  base + the SFT adapter, frozen                      value      a linear head on the policy's hidden states
+
+One step of the Trainer is one iteration: sample a batch of replies, score them, turn scores and KL into advantages, and
+make `ppo_epochs` passes over the batch.  So checkpoints, logs, the learning rate and --steps all count iterations, and
+a run that is resumed starts at the edge of an iteration.  Everything random in an iteration is drawn from the seed, the
+iteration and the row alone, which makes a resumed run, and one on more processes, give the same numbers.
+
+Departures from Ziegler et al. 2019 / TRL's last PPO: the reference is the SFT adapter and nothing is merged; scores are
+normalised with the reward card; EOS is suppressed as a first token, in the log-probs too; the loss is a mean over all
+reply tokens of an optimizer step, however they fall into micro-batches and processes; the value head shares the policy's
+trunk and is saved.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+
+from utils import ppo
+from utils.adapters import (
+    POLICY,
+    REFERENCE,
+    REWARD,
+    SavedAdapter,
+    assemble_ppo_model,
+    check_adapter,
+    load_base,
+    load_tokenizer,
+    load_value_head,
+    load_weights,
+    read_adapter,
+    save_value_head,
+    score_job,
+    use_adapter,
+)
+from utils.arguments import (
+    DEFAULT_PREFERENCES,
+    DataArguments,
+    InputError,
+    ModelArguments,
+    check_output_dir,
+    choose_precision,
+    parse_arguments,
+    resume_path,
+    run_script,
+    say,
+)
+from utils.data import check_template, tokenize_prompts, train_and_eval_rows
+from utils.launch import relaunch_on_all_gpus
+from utils.report import RunFiles, append_jsonl, draw_curves, run_record, write_json
+from utils.rollout import Batch, Sampling, check_output_logits, make_batch, reply_job, sample_replies
+
+STATE_FILE = "ppo_state.json"
+TRAINER_NAMES = {  # arguments of the Trainer that PPO has under other names
+    "max_steps": "steps",
+    "num_train_epochs": "steps",
+    "save_steps": "save_freq",
+    "per_device_train_batch_size": "batch_size",
+}
+
+
+@dataclass
+class PPOArguments(TrainingArguments):
+    """PPO's own arguments and every argument of the Trainer.  Sizes are per process, as everywhere in the Trainer."""
+
+    output_dir: str | None = field(default="output/ppo", metadata={"help": "Folder for everything that is written."})
+    sft_model_lora_path: str | None = field(default=None, metadata={"help": "SFT adapter: policy and reference."})
+    reward_model_lora_path: str | None = field(default=None, metadata={"help": "Reward adapter with its score head."})
+    merged_sft_model_path: str | None = field(default=None, metadata={"help": "Has no effect: nothing is merged."})
+
+    steps: int = field(default=100, metadata={"help": "Iterations: batches of replies, each with its PPO epochs."})
+    save_freq: int = field(default=10, metadata={"help": "Iterations between two checkpoints."})
+    batch_size: int = field(default=32, metadata={"help": "Replies an iteration, in each process."})
+    mini_batch_size: int = field(
+        default=8, metadata={"help": "Replies in one forward and backward pass; at most --batch_size."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Passes in one optimizer step; at most as many as one PPO epoch has."}
+    )
+    ppo_epochs: int = field(default=4, metadata={"help": "Passes over each batch of replies."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of policy and value head."})
+    adafactor: bool = field(default=False, metadata={"help": "Adafactor instead of AdamW: less optimizer memory."})
+    logging_steps: float = field(default=1, metadata={"help": "Has no effect: every iteration is logged."})
+    log_with: str | None = field(default=None, metadata={"help": "wandb, tensorboard ...: the same as --report_to."})
+
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest prompt + reply, in tokens; longer prompts are dropped."}
+    )
+    output_max_length: int = field(default=128, metadata={"help": "Longest reply, in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampler, and of all log-probs."})
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "Of the sampler, and of all log-probs; 1 is none."}
+    )
+    begin_suppress_tokens: str = field(
+        default="eos",
+        metadata={"help": "Tokens that no reply may start with: eos, none, or ids joined by commas."},
+    )
+    batched_gen: bool | None = field(
+        default=None, metadata={"help": "Has no effect: replies are always sampled in batches."}
+    )
+
+    init_kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the SFT model, at the start."})
+    adap_kl_ctrl: bool = field(default=False, metadata={"help": "Steer that weight towards --adap_kl_target."})
+    adap_kl_target: float = field(default=6.0, metadata={"help": "KL a reply to steer to, in nats."})
+    adap_kl_horizon: float = field(default=10000.0, metadata={"help": "Replies in which the weight can about double."})
+    early_stopping: bool = field(default=False, metadata={"help": "End the PPO epochs when the policy moved too far."})
+    target_kl: float = field(
+        default=0.1, metadata={"help": "Too far: KL to the rollout policy above 1.5 times this, in nats a token."}
+    )
+    reward_baseline: float = field(default=0.0, metadata={"help": "Subtracted from every normalised score."})
+    normalize_scores: bool = field(
+        default=True, metadata={"help": "Subtract the reward card's mean and divide by its standard deviation."}
+    )
+    score_clip: float = field(default=5.0, metadata={"help": "Normalised scores are clipped to +- this."})
+    missing_eos_penalty: float = field(
+        default=1.0, metadata={"help": "Subtracted from the normalised score of a reply that was cut by the limit."}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
+    gae_lambda: float = field(default=0.95, metadata={"help": "GAE's trade of bias for variance."})
+    clip_range: float = field(default=0.2, metadata={"help": "Clip of the policy's probability ratio."})
+    value_clip_range: float = field(default=0.2, metadata={"help": "Clip of the value's move."})
+    value_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "save_freq", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs")
+        for name in (*positive, "score_clip", "clip_range", "value_clip_range"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name} is {getattr(self, name)}; give a number above 0")
+        self.mini_batch_size = min(self.mini_batch_size, self.batch_size)
+        if self.batch_size % self.mini_batch_size:
+            raise InputError(
+                f"--batch_size {self.batch_size} is no multiple of --mini_batch_size {self.mini_batch_size}; change one"
+            )
+        passes = self.batch_size // self.mini_batch_size
+        self.passes_per_step = min(self.gradient_accumulation_steps, passes)
+        if passes % self.passes_per_step:
+            raise InputError(
+                f"an epoch has {passes} passes (--batch_size {self.batch_size} / --mini_batch_size "
+                f"{self.mini_batch_size}), no multiple of --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}; change one"
+            )
+        if self.gradient_accumulation_steps > passes:
+            say(
+                f"warning: --gradient_accumulation_steps {self.gradient_accumulation_steps} is more than the {passes} "
+                f"passes of a PPO epoch; an optimizer step takes {passes}"
+            )
+        if self.merged_sft_model_path is not None:
+            say("warning: --merged_sft_model_path has no effect: the SFT adapter is used as it is, nothing is merged")
+        if self.batched_gen is not None:
+            say("warning: --batched_gen has no effect: replies are always sampled in batches")
+        if self.logging_steps != 1:
+            say("warning: --logging_steps has no effect: every iteration is logged")
+            self.logging_steps = 1
+        for name, ours in TRAINER_NAMES.items():  # set below from ours
+            if getattr(self, name) != getattr(TrainingArguments, name):
+                say(f"warning: --{name} has no effect here; use --{ours}")
+        if self.log_with is not None:
+            self.report_to = [self.log_with]
+        if self.adafactor:
+            self.optim = "adafactor"
+        # The Trainer sees one step an iteration; the micro-batches inside it are counted here.
+        self.gradient_accumulation_steps = 1
+        self.per_device_train_batch_size = self.batch_size
+        self.max_steps, self.save_steps = self.steps, self.save_freq
+        self.remove_unused_columns, self.dataloader_drop_last = False, True
+        self.label_names = []
+        super().__post_init__()
+
+
+class Experience(NamedTuple):
+    """A batch of replies with everything that the PPO epochs need; on every process the whole of it, all processes' rows."""
+
+    batch: Batch
+    indices: Tensor  # int64 [B], rows of the prompt data set
+    logprobs: Tensor  # float32 [B, T], of the policy that sampled
+    ref_logprobs: Tensor  # float32 [B, T]
+    values: Tensor  # float32 [B, T]
+    entropy: Tensor  # float32 [B, T]
+    scores: Tensor  # float32 [B], from the reward model, as it gave them
+
+
+class ScoreStatistics(NamedTuple):
+    """Mean and standard deviation of the reward model's scores on held-out replies."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+
+class PPOTrainer(Trainer):
+    """One frozen base, adapters as policy, reference and reward; `training_step` is one PPO iteration."""
+
+    def __init__(self, *args: Any, sampling: Sampling, statistics: ScoreStatistics, **kwargs: Any) -> None:
+        super().__init__(*args, data_collator=lambda rows: rows, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self.sampling = sampling
+        self.statistics = statistics
+        self.kl_coef = self.args.init_kl_coef
+
+    # ---- One iteration ----
+
+    def training_step(
+        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """Roll out, score, estimate advantages, update.  Returns the mean loss of the iteration, for the Trainer's log."""
+        started = time.perf_counter()
+        # eval() for good: dropout is 0 anyway, but train() is what switches activation checkpointing on
+        model.train(self.args.activation_checkpointing)
+        iteration = self.state.global_step
+
+        # 1. replies, log-probs, values, scores
+        experience = self.roll_out(model, inputs, iteration)
+        mask = experience.batch.response_mask
+
+        # 2. rewards: the KL penalty on each token, the score on the last one
+        scores = self.normalized_scores(experience)
+        kl = ppo.kl_penalty(experience.logprobs, experience.ref_logprobs, "k1")
+        rewards = ppo.token_rewards(scores, kl, mask, self.kl_coef)
+
+        # 3. advantages, whitened over all reply tokens of all processes
+        advantages, returns = ppo.gae(rewards, experience.values, mask, self.args.gamma, self.args.gae_lambda)
+        advantages = ppo.masked_whiten(advantages, mask)
+
+        # 4. PPO epochs
+        learning_rate = self._get_learning_rate()
+        update = self.update(model, experience, advantages, returns, iteration)
+
+        # 5. what happened
+        reply_kl = (kl * mask).sum(1)  # [B], nats a reply
+        metrics = {
+            **self.describe(experience, reply_kl, scores),
+            **update,
+            "reward_mean": float((rewards * mask).sum(1).mean()),
+            "returns_mean": float(ppo.masked_mean(returns, mask)),
+            "values_mean": float(ppo.masked_mean(experience.values, mask)),
+            "kl_coef": self.kl_coef,
+            "learning_rate": learning_rate,
+        }
+        if iteration == 0 and metrics["kl_max"] > 1e-3:
+            raise RuntimeError(f"the policy is not the SFT model before its first update: KL {metrics['kl_max']}")
+        if self.args.adap_kl_ctrl:
+            self.kl_coef = ppo.adaptive_kl_coef(
+                self.kl_coef, metrics["kl"], self.args.adap_kl_target, self.args.adap_kl_horizon, len(scores)
+            )
+        seconds = time.perf_counter() - started
+        metrics |= {"seconds": seconds, "tokens_per_second": int(mask.sum()) / seconds}
+        self.pending_metrics = metrics
+        self.write_samples(experience, reply_kl, iteration + 1)
+        return torch.tensor(metrics["loss"], device=self.args.device)
+
+    def roll_out(self, model: nn.Module, rows: list[dict[str, Any]], iteration: int) -> Experience:
+        """Sample a reply to each prompt of this process, judge it, and gather what all processes have."""
+        first = self.args.process_index * len(rows)
+        seeds = [_seed(self.args.seed, iteration, first + row) for row in range(len(rows))]
+        return self.judge(model, [row["input_ids"] for row in rows], seeds, [row["index"] for row in rows])
+
+    @torch.no_grad()
+    def judge(self, model: nn.Module, queries: list[list[int]], seeds: list[int], indices: list[int]) -> Experience:
+        """Sample with `seeds`; log-probs of policy and reference, values and scores of the replies."""
+        device = self.args.device
+        was_training = model.training
+        model.eval()
+        responses = sample_replies(self.accelerator.unwrap_model(model), queries, seeds, self.sampling)
+        model.train(was_training)
+        batch = Batch(*(part.to(device) for part in make_batch(queries, responses, self.sampling.pad_token_id)))
+        parts = []
+        for index in torch.arange(len(queries), device=device).split(self.args.mini_batch_size):
+            rows = batch.rows(index)
+            inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
+            policy = model(**inputs, job=reply_job(rows, self.sampling, with_values=True, with_entropy=True))
+            with use_adapter(self.accelerator.unwrap_model(model), REFERENCE):
+                reference = model(**inputs, job=reply_job(rows, self.sampling, with_values=False, with_entropy=False))
+            with use_adapter(self.accelerator.unwrap_model(model), REWARD):
+                scores = model(**inputs, job=score_job(rows.attention_mask, REWARD))
+            parts.append((policy.logprobs, reference.logprobs, policy.values, policy.entropy, scores))
+        width = batch.response_mask.shape[1]
+        *tokens, scores = zip(*parts, strict=True)
+        tokens = [torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in kind]) for kind in tokens]
+        local = Experience(
+            batch, torch.tensor(indices, device=device), *(kind.float() for kind in tokens), torch.cat(scores)
+        )
+        return self.gather_experience(local)
+
+    def gather_experience(self, local: Experience) -> Experience:
+        """The rows of all processes, in the order of the processes, padded alike."""
+        if self.args.world_size == 1:
+            return local
+
+        def together(part: Tensor, pad: int = 0) -> Tensor:
+            if part.dim() == 2:
+                part = self.accelerator.pad_across_processes(part, dim=1, pad_index=pad)
+            return self.accelerator.gather(part.contiguous())
+
+        ids = together(local.batch.input_ids, self.sampling.pad_token_id)
+        mask = together(local.batch.response_mask.int()).bool()
+        batch = Batch(ids, together(local.batch.attention_mask), together(local.batch.query_lengths), mask)
+        return Experience(batch, *(together(part) for part in local[1:]))
+
+    def normalized_scores(self, experience: Experience) -> Tensor:
+        """Scores in the reward card's units, minus baseline and missing-EOS penalty, clipped.  [B]"""
+        scores = (experience.scores - self.statistics.mean) / self.statistics.std - self.args.reward_baseline
+        scores = scores - self.args.missing_eos_penalty * (~self.ended(experience.batch)).float()
+        return scores.clamp(-self.args.score_clip, self.args.score_clip)
+
+    def ended(self, batch: Batch) -> Tensor:
+        """Which replies end with EOS, bool [B].  Only the reply is asked: a prompt may hold EOS too."""
+        last = batch.query_lengths + batch.response_mask.sum(1) - 1
+        return batch.input_ids.gather(1, last[:, None]).squeeze(1) == self.sampling.eos_token_id
+
+    # ---- PPO epochs ----
+
+    def update(
+        self, model: nn.Module, experience: Experience, advantages: Tensor, returns: Tensor, iteration: int
+    ) -> dict[str, float]:
+        """`ppo_epochs` passes over the batch; returns the metrics of the update.
+
+        Each optimizer step takes the mean over all reply tokens in it, on all processes, so that neither the cut into
+        micro-batches nor the number of processes changes the gradient.
+        """
+        sums: dict[str, float] = {}
+        ratio_first, optimizer_steps, stopped = None, 0, False
+        for step_rows in self.optimizer_batches(len(advantages), iteration):
+            micro_batches = self.micro_batches(step_rows)
+            step_tokens = experience.batch.response_mask[step_rows].sum()
+            totals = torch.zeros(5, device=self.args.device)
+            for number, rows in enumerate(micro_batches):
+                last = number == len(micro_batches) - 1
+                self.accelerator.gradient_state._set_sync_gradients(last)  # what DeepSpeed's engine looks at
+                with self.accelerator.no_sync(model) if not last else contextlib.nullcontext():
+                    share, part, ratio = self.micro_batch_loss(
+                        model, experience, advantages, returns, rows, step_tokens
+                    )
+                    # every process adds its share of the step's mean, and DDP divides by their number
+                    self.accelerator.backward(share * self.args.world_size)
+                totals += part
+                if optimizer_steps == 0 and ratio_first is None:
+                    ratio_first = ratio
+            totals = self.accelerator.reduce(totals, "sum") if self.args.world_size > 1 else totals
+            policy_loss, value_loss, clip_fraction, value_clip_fraction, approx_kl = totals.tolist()
+            moved = optimizer_steps > 0  # before, a KL is the rounding of the forward pass
+            stopped = moved and self.args.early_stopping and approx_kl > 1.5 * self.args.target_kl
+            if stopped:
+                model.zero_grad()
+                break
+            grad_norm = float(self._clip_grad_norm(model)) if self.args.max_grad_norm > 0 else 0.0
+            self.optimizer.step()
+            model.zero_grad()
+            optimizer_steps += 1
+            step = {
+                "loss": policy_loss + self.args.value_coef * value_loss,
+                "policy_loss": policy_loss,
+                "value_loss": value_loss,
+                "clip_fraction": clip_fraction,
+                "value_clip_fraction": value_clip_fraction,
+                "approx_kl": approx_kl,
+                "grad_norm": grad_norm,
+            }
+            sums = {name: sums.get(name, 0.0) + value for name, value in step.items()}
+        means = {name: value / optimizer_steps for name, value in sums.items()}
+        return {
+            **means,
+            "ratio_first": ratio_first,
+            "optimizer_steps": optimizer_steps,
+            "stopped_early": float(stopped),
+        }
+
+    def optimizer_batches(self, count: int, iteration: int) -> Iterator[Tensor]:
+        """Row indices of each optimizer step of the iteration, over all processes, in a new order each epoch."""
+        size = self.args.mini_batch_size * self.args.passes_per_step * self.args.world_size
+        for epoch in range(self.args.ppo_epochs):
+            generator = torch.Generator().manual_seed(_seed(self.args.seed, iteration, epoch, 1))
+            yield from torch.randperm(count, generator=generator).to(self.args.device).split(size)
+
+    def micro_batches(self, step_rows: Tensor) -> list[Tensor]:
+        """This process's part of an optimizer step, in pieces of `mini_batch_size` rows."""
+        own = step_rows.chunk(self.args.world_size)[self.args.process_index]
+        return list(own.split(self.args.mini_batch_size))
+
+    def micro_batch_loss(
+        self,
+        model: nn.Module,
+        experience: Experience,
+        advantages: Tensor,
+        returns: Tensor,
+        rows: Tensor,
+        step_tokens: Tensor,
+    ) -> tuple[Tensor, Tensor, float]:
+        """Share of the step's loss that these rows carry, its parts (detached, [5]), and the ratio farthest from 1."""
+        batch = experience.batch.rows(rows)
+        mask = batch.response_mask
+        width = mask.shape[1]
+        old_logprobs, old_values, advantages, returns = (
+            part[rows, :width] for part in (experience.logprobs, experience.values, advantages, returns)
+        )
+        with self.compute_loss_context_manager():
+            new = model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                job=reply_job(batch, self.sampling, with_values=True, with_entropy=False),
+            )
+        policy = ppo.policy_loss(new.logprobs, old_logprobs, advantages, mask, self.args.clip_range)
+        value = ppo.value_loss(new.values, old_values, returns, mask, self.args.value_clip_range)
+        weight = mask.sum() / step_tokens
+        parts = torch.stack([policy.loss, value.loss, policy.clip_fraction, value.clip_fraction, policy.approx_kl])
+        ratios = (new.logprobs.detach() - old_logprobs)[mask].exp()
+        farthest = float(ratios[(ratios - 1).abs().argmax()])
+        return (policy.loss + self.args.value_coef * value.loss) * weight, parts.detach() * weight, farthest
+
+    # ---- Measures, samples, evaluation ----
+
+    def describe(self, experience: Experience, reply_kl: Tensor, scores: Tensor) -> dict[str, float]:
+        """Measures of a batch of replies, over replies or over real tokens, never over padding."""
+        mask = experience.batch.response_mask
+        lengths = mask.sum(1).float()
+        k3 = ppo.kl_penalty(experience.logprobs, experience.ref_logprobs, "k3") * mask
+        texts = self.processing_class.batch_decode(experience.batch.responses(), skip_special_tokens=True)
+        return {
+            "score_mean": float(experience.scores.mean()),
+            "score_std": float(experience.scores.std(unbiased=False)),
+            "normalized_score_mean": float(scores.mean()),
+            "kl": float(reply_kl.mean()),
+            "kl_k3": float(k3.sum(1).mean()),
+            "kl_max": float(reply_kl.abs().max()),
+            "response_length": float(lengths.mean()),
+            "response_length_std": float(lengths.std(unbiased=False)),
+            "empty_fraction": sum(not text.strip() for text in texts) / len(texts),
+            "ended_fraction": float(self.ended(experience.batch).float().mean()),
+            "entropy": float(ppo.masked_mean(experience.entropy, mask)),
+        }
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Reply to every held-out prompt with fixed seeds, log eval_* measures.  Changes nothing in training."""
+        count = len(self.eval_dataset)
+        share = range(self.args.process_index, count - count % self.args.world_size, self.args.world_size)
+        rows = [self.eval_dataset[i] for i in share]
+        seeds = [_seed(self.args.seed, row["index"], 0, 2) for row in rows]
+        size = self.args.per_device_eval_batch_size
+        measures: dict[str, float] = {}
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            queries = [row["input_ids"] for row in part]
+            indices = [row["index"] for row in part]
+            experience = self.judge(self.model_wrapped, queries, seeds[start : start + size], indices)
+            kl = ppo.kl_penalty(experience.logprobs, experience.ref_logprobs, "k1") * experience.batch.response_mask
+            weight = len(experience.scores) / (len(rows) * self.args.world_size)
+            for name, value in self.describe(experience, kl.sum(1), self.normalized_scores(experience)).items():
+                if name in ("score_mean", "normalized_score_mean", "kl", "kl_k3", "response_length", "empty_fraction"):
+                    measures[f"eval_{name}"] = measures.get(f"eval_{name}", 0.0) + value * weight
+        self.log(measures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measures)
+        return measures
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Put the iteration's metrics in the place of the Trainer's own loss and gradient norm, which it cannot know."""
+        if "loss" in logs:
+            logs = self.pending_metrics
+        super().log(logs, start_time)
+
+    def write_samples(self, experience: Experience, reply_kl: Tensor, iteration: int) -> None:
+        """Add every reply of the iteration to samples.jsonl."""
+        if not self.is_world_process_zero():
+            return
+        texts = self.processing_class.batch_decode(experience.batch.responses(), skip_special_tokens=True)
+        rows = zip(
+            experience.indices.tolist(),
+            texts,
+            experience.scores.tolist(),
+            reply_kl.tolist(),
+            experience.batch.response_mask.sum(1).tolist(),
+            strict=True,
+        )
+        append_jsonl(
+            [
+                {
+                    "iteration": iteration,
+                    "prompt": self.train_dataset[index]["prompt"],
+                    "response": text,
+                    "score": score,
+                    "kl": kl,
+                    "length": length,
+                }
+                for index, text, score, kl, length in rows
+            ],
+            self.args.output_dir,
+            "samples.jsonl",
+        )
+
+    # ---- Saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The policy adapter, the value head, the tokenizer and what PPO itself has to remember."""
+        folder = output_dir or self.args.output_dir
+        os.makedirs(folder, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(folder, state_dict=state_dict, selected_adapters=[POLICY])
+        save_value_head(state_dict or model.state_dict(), folder)
+        self.processing_class.save_pretrained(folder)
+        write_json({"kl_coef": self.kl_coef}, folder, STATE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Fill policy adapter and value head from a checkpoint."""
+        load_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint, POLICY)
+        load_value_head(self.accelerator.unwrap_model(self.model).get_base_model(), resume_from_checkpoint)
+        with open(os.path.join(resume_from_checkpoint, STATE_FILE), encoding="utf-8") as file:
+            self.kl_coef = json.load(file)["kl_coef"]
+
+
+def _seed(*parts: int) -> int:
+    """One number out of several, spread over 63 bits: seed, iteration and row must not fall on each other."""
+    state = 0
+    for part in parts:
+        state = ((state ^ (part + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9) % 2**64
+        state ^= state >> 31
+    return state % 2**63
+
+
+def read_statistics(reward: SavedAdapter) -> ScoreStatistics:
+    """Mean and standard deviation of the scores out of the reward card; 0 and 1, with a warning, where there is none."""
+    path = os.path.join(reward.path, "reward_card.json")
+    if not os.path.isfile(path):
+        say(f"warning: {reward.path} has no reward_card.json, so its scores are used as they are, not normalised")
+        return ScoreStatistics()
+    with open(path, encoding="utf-8") as file:
+        card = json.load(file)
+    return ScoreStatistics(card["score_mean"], card["score_std"] or 1.0)
+
+
+def first_token_ban(words: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that --begin_suppress_tokens names; "eos" is EOS and padding, which would both make an empty reply."""
+    if words == "none":
+        return ()
+    if words == "eos":
+        return tuple(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
+    ids = [word.strip() for word in words.split(",")]
+    if not all(word.isdigit() and int(word) < len(tokenizer) for word in ids):
+        raise InputError(
+            f"--begin_suppress_tokens {words}: give eos, none, or token ids below {len(tokenizer)} joined by commas"
+        )
+    return tuple(map(int, ids))
+
+
+def number_rows(prompts: Dataset) -> Dataset:
+    """Add the column `index`, by which a reply finds its prompt again."""
+    return prompts.add_column("index", list(range(len(prompts))))
+
+
+def main() -> None:
+    # ---- Arguments ----
+    model_args, data_args, training_args = parse_arguments(
+        (ModelArguments, DataArguments, PPOArguments), description="Stage 3: PPO with adapters on one base."
+    )
+    relaunch_on_all_gpus()
+    check_output_dir(training_args)
+    checkpoint = resume_path(training_args)
+    dtype = choose_precision(model_args, training_args)
+    sft = read_adapter(training_args.sft_model_lora_path, "--sft_model_lora_path")
+    reward = read_adapter(training_args.reward_model_lora_path, "--reward_model_lora_path")
+    set_seed(training_args.seed)
+
+    # ---- Tokenizer and data ----
+    tokenizer = load_tokenizer(model_args)
+    template = model_args.prompt_template
+    check_template(template, tokenizer)
+    sampling = Sampling(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=training_args.output_max_length,
+        temperature=training_args.temperature,
+        repetition_penalty=training_args.repetition_penalty,
+        begin_suppress_tokens=first_token_ban(training_args.begin_suppress_tokens, tokenizer),
+    )
+    longest = training_args.max_length - training_args.output_max_length
+    if longest < 1:
+        raise InputError(
+            f"--max_length {training_args.max_length} leaves no room for a prompt beside --output_max_length "
+            f"{training_args.output_max_length}; raise the first or lower the second"
+        )
+    train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_PREFERENCES)
+    train_dataset = number_rows(tokenize_prompts(train_rows, template, tokenizer, longest))
+    eval_dataset = eval_rows and number_rows(tokenize_prompts(eval_rows, template, tokenizer, longest))
+    if len(train_dataset) < training_args.batch_size * training_args.world_size:
+        raise InputError(
+            f"{len(train_dataset)} prompts are fewer than the {training_args.batch_size * training_args.world_size} of "
+            "one iteration (--batch_size in each process); give more prompts or a smaller batch"
+        )
+
+    # ---- Model ----
+    base = load_base(model_args, dtype)
+    check_adapter(sft, "--sft_model_lora_path", False, template, base)
+    check_adapter(reward, "--reward_model_lora_path", True, template, base)
+    record = run_record("ppo", base, model_args, training_args, data=asdict(data_args))
+    model = assemble_ppo_model(base, sft, reward)
+    if training_args.activation_checkpointing:
+        model.enable_input_require_grads()  # a frozen embedding gives checkpointed layers nothing to differentiate
+    check_output_logits(model)
+
+    # ---- Training ----
+    trainer = PPOTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        callbacks=[RunFiles(record, key="iteration")],
+        sampling=sampling,
+        statistics=read_statistics(reward) if training_args.normalize_scores else ScoreStatistics(),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # ---- Save ----
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        draw_curves(training_args.output_dir)
+    say(f"PPO adapter: {training_args.output_dir}")
+
+
+if __name__ == "__main__":
+    run_script(main)

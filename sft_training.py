@@ -1,0 +1,91 @@
+"""Stage 1: teach the base model to answer, as a LoRA adapter.
+
+    python sft_training.py --config configs/sft_demo.yaml
+    accelerate launch --num_processes 3 sft_training.py --config configs/sft_baichuan2_7b.yaml
+
+Prompt and reply are tokenized apart (utils/data.py), the loss is on the reply alone, and the reply ends with EOS unless
+it was cut.  The training loop is TRL's SFTTrainer.  Writes adapter_config.json, adapter_model.safetensors, the
+tokenizer, run.json and metrics.jsonl to --output_dir.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer
+
+from utils.adapters import load_base, load_tokenizer, new_lora_config
+from utils.arguments import (
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+    check_output_dir,
+    choose_precision,
+    parse_arguments,
+    resume_path,
+    run_script,
+    say,
+)
+from utils.data import check_template, tokenize_sft, train_and_eval_rows
+from utils.launch import relaunch_on_all_gpus
+from utils.report import RunFiles, run_record
+
+DEFAULT_DATASET = "Hello-SimpleAI/HC3-Chinese"  # the article's
+
+
+@dataclass
+class SFTArguments(SFTConfig):
+    """TRL's configuration with this toolkit's defaults."""
+
+    output_dir: str | None = field(default="output/sft", metadata={"help": "Folder for everything that is written."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    trust_remote_code: bool = field(default=False, init=False)  # ModelArguments has it, and the base is loaded here
+    bf16: bool | None = field(default=False, metadata={"help": "Follows --dtype."})
+    activation_checkpointing: bool | None = field(
+        default=False, metadata={"help": "Compute activations again in the backward pass: less memory, a third slower."}
+    )
+
+
+def main() -> None:
+    # ---- Arguments ----
+    model_args, data_args, lora_args, training_args = parse_arguments(
+        (ModelArguments, DataArguments, LoraArguments, SFTArguments), description="Stage 1: LoRA SFT."
+    )
+    relaunch_on_all_gpus()
+    check_output_dir(training_args)
+    checkpoint = resume_path(training_args)
+    dtype = choose_precision(model_args, training_args)
+    set_seed(training_args.seed)
+
+    # ---- Tokenizer and data ----
+    tokenizer = load_tokenizer(model_args)
+    template = model_args.prompt_template
+    check_template(template, tokenizer)
+    train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_DATASET)
+    train_dataset = tokenize_sft(train_rows, template, tokenizer, training_args.max_length)
+    eval_dataset = eval_rows and tokenize_sft(eval_rows, template, tokenizer, training_args.max_length)
+
+    # ---- Model ----
+    base = load_base(model_args, dtype)
+    record = run_record("sft", base, model_args, training_args, data=asdict(data_args), lora=asdict(lora_args))
+
+    # ---- Training ----
+    trainer = SFTTrainer(
+        model=base,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=new_lora_config(lora_args, base, "CAUSAL_LM"),
+        callbacks=[RunFiles(record)],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if eval_dataset is not None:
+        trainer.evaluate()
+
+    # ---- Save ----
+    trainer.save_model()
+    say(f"SFT adapter: {training_args.output_dir}")
+
+
+if __name__ == "__main__":
+    run_script(main)

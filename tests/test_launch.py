@@ -1,0 +1,132 @@
+"""The decision to restart under accelerate's launcher, and that accelerate takes the command as it is meant."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser
+
+from utils import launch
+
+ARGV = ["rl_training.py", "--config", "ppo.yaml", "--steps", "10"]
+
+RESTART = [
+    ("two GPUs", [], {}, 2),
+    ("eight GPUs", [], {}, 8),
+    ("a SLURM allocation is no launcher", [], {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}, 2),
+    ("a value that says no", [], {"ACCELERATE_USE_CPU": "false"}, 2),
+    (
+        "settings made by hand",
+        [],
+        {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"},
+        2,
+    ),
+    ("the flag says no", ["--use_cpu", "False"], {}, 2),
+    ("the flag says no, one word", ["--use_cpu=false"], {}, 2),
+    ("the last flag wins", ["--use_cpu", "--use_cpu=false"], {}, 2),
+    ("the flag overrides the environment", ["--use_cpu=false"], {"ACCELERATE_USE_CPU": "true"}, 2),
+    ("another flag", ["--use_cpu_offload"], {}, 2),
+]
+
+GO_ON = [
+    ("no GPU", [], {}, 0),
+    ("one GPU", [], {}, 1),
+    ("torchrun", [], {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, 2),
+    ("local rank alone", [], {"LOCAL_RANK": "1"}, 2),
+    ("rank alone", [], {"RANK": "3"}, 2),
+    ("world size alone", [], {"WORLD_SIZE": "1"}, 2),
+    ("accelerate launch with one process", [], {"ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_USE_CPU": "False"}, 2),
+    ("Open MPI", [], {"OMPI_COMM_WORLD_RANK": "0"}, 2),
+    ("MVAPICH2", [], {"MV2_COMM_WORLD_RANK": "0"}, 2),
+    ("Intel MPI, MPICH", [], {"PMI_RANK": "0"}, 2),
+    ("CPU by environment", [], {"ACCELERATE_USE_CPU": "true"}, 2),
+    ("CPU by environment, as a number", [], {"ACCELERATE_USE_CPU": "1"}, 2),
+    ("CPU by flag", ["--use_cpu"], {}, 2),
+    ("CPU by flag before another", ["--use_cpu", "--seed", "1"], {}, 2),
+    ("CPU by flag with a value", ["--use_cpu", "True"], {}, 2),
+    ("CPU by flag, one word", ["--use_cpu=true"], {}, 2),
+    ("CPU by flag, with a hyphen", ["--use-cpu"], {}, 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "gpus"), [case[1:] for case in RESTART], ids=[case[0] for case in RESTART]
+)
+def test_restarts(flags, environ, gpus):
+    argv = [*ARGV, *flags]
+    command = launch.launch_command(argv, environ, gpus)
+    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert command[-len(argv) :] == argv
+    assert command[command.index("--num_processes") + 1] == str(gpus)
+
+
+@pytest.mark.parametrize(("flags", "environ", "gpus"), [case[1:] for case in GO_ON], ids=[case[0] for case in GO_ON])
+def test_goes_on(flags, environ, gpus):
+    assert launch.launch_command([*ARGV, *flags], environ, gpus) is None
+
+
+def test_accelerate_parses_the_command():
+    """Every value is given: accelerate warns about, or reads from a file, exactly those that are None."""
+    command = launch.launch_command([*ARGV, "--num_machines", "7"], {"ACCELERATE_MIXED_PRECISION": "bf16"}, 3)
+    args = launch_command_parser().parse_args(command[3:])
+    assert args.multi_gpu
+    assert (args.num_processes, args.num_machines, args.machine_rank) == (3, 1, 0)
+    assert (args.gpu_ids, args.mixed_precision, args.dynamo_backend) == ("all", "bf16", "no")
+    assert args.main_process_port == 0
+    assert args.training_script == "rl_training.py"
+    assert args.training_script_args == [*ARGV[1:], "--num_machines", "7"]
+
+
+def test_the_command_runs_whatever_the_users_accelerate_config_says(tmp_path):
+    """Two processes on the CPU; a forgotten `accelerate config` wants fp16 on GPU 5 of the second of two machines."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "seen = {name: os.environ.get(name) for name in ('WORLD_SIZE', 'ACCELERATE_MIXED_PRECISION',"
+        " 'ACCELERATE_DYNAMO_BACKEND', 'CUDA_VISIBLE_DEVICES')}\n"
+        "with open(sys.argv[0] + os.environ['RANK'], 'w') as file:\n"
+        "    json.dump([seen, sys.argv[1:]], file)\n"
+    )
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: fp16\nnum_processes: 8\n"
+        "num_machines: 2\nmachine_rank: 1\nmain_process_ip: 203.0.113.1\nmain_process_port: 1\ngpu_ids: '5'\n"
+        "dynamo_config: {dynamo_backend: INDUCTOR}\n"
+    )
+    environ = {name: value for name, value in os.environ.items() if name not in launch.LAUNCHER_SIGNS}
+    environ |= {"HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = launch.launch_command([str(script), "--steps", "10"], {}, 2)
+    done = subprocess.run(command, check=False, env=environ, capture_output=True, text=True, timeout=90)
+
+    assert done.returncode == 0, done.stderr
+    assert "defaults used instead" not in done.stderr
+    wanted = {
+        "WORLD_SIZE": "2",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"script.py{rank}").read_text()) == [wanted, ["--steps", "10"]]
+
+
+def test_relaunch_replaces_the_process(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ARGV)
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(os, "execv", lambda path, argv: calls.append((path, argv)))
+    launch.relaunch_on_all_gpus()
+    assert calls == [(sys.executable, launch.launch_command(ARGV, {}, 2))]
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_relaunch_does_nothing_on_one_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(os, "execv", lambda path, argv: pytest.fail("restarted"))
+    launch.relaunch_on_all_gpus()
+    assert capsys.readouterr().out == ""

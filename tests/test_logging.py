@@ -1,0 +1,181 @@
+"""What a run leaves behind: metrics.jsonl, samples.jsonl, run.json, pictures, and the files of a tracker.
+
+Weights & Biases is in test_article.py: it is what the article's command logs with.
+"""
+
+import json
+import math
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import reward_modeling
+import rl_training
+import sft_training
+from tests.helpers import make_stages, run_main, save_lively_base
+from utils.report import draw_curves, drop_rows_after, read_jsonl
+
+STEPS, BATCH, TEMPLATE = 3, 4, "Q: {prompt}\nA:"
+PPO_METRICS = {  # the ones that DESIGN.md promises
+    "iteration",
+    "score_mean",
+    "score_std",
+    "kl",
+    "response_length",
+    "empty_fraction",
+    "entropy",
+    "ratio_first",
+    "approx_kl",
+    "clip_fraction",
+    "value_loss",
+    "kl_coef",
+    "learning_rate",
+    "seconds",
+    "tokens_per_second",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data):
+    """Folders of one short run of each stage, logged to TensorBoard, and the base."""
+    folder = tmp_path_factory.mktemp("logging")
+    base = save_lively_base(folder / "base")
+    stages = make_stages(base, folder / "stages")
+    common = ["--model_name", base, "--prompt_template", TEMPLATE, "--report_to", "tensorboard", "--seed", "5"]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, script, words in (
+            ("sft", sft_training, ["--dataset", data["sft"], "--max_steps", "3", "--logging_steps", "1"]),
+            (
+                "reward",
+                reward_modeling,
+                ["--dataset", data["preferences"], "--eval_dataset", data["preferences"], "--max_steps", "2"],
+            ),
+            (
+                "ppo",
+                rl_training,
+                [
+                    *("--dataset", data["preferences"], "--sft_model_lora_path", stages.sft),
+                    *("--reward_model_lora_path", stages.reward, "--output_max_length", "12", "--save_freq", "2"),
+                    *("--steps", STEPS, "--batch_size", BATCH, "--learning_rate", "1e-3"),
+                ],
+            ),
+        ):
+            monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / name / "tensorboard"))
+            run_main(script, [*common, *words, "--output_dir", folder / name], monkeypatch)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def iterations(runs):
+    return [row for row in read_jsonl(str(runs / "ppo" / "metrics.jsonl")) if "score_mean" in row]
+
+
+def scalars(folder):
+    """Scalars of the event files of a run: name -> [(step, value)]."""
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_metrics_of_every_iteration(iterations):
+    assert [row["iteration"] for row in iterations] == list(range(1, STEPS + 1))
+    for row in iterations:
+        assert set(row) >= PPO_METRICS
+        assert all(math.isfinite(value) for value in row.values() if isinstance(value, (int, float)))
+        assert 1 <= row["response_length"] <= 12
+        assert row["seconds"] > 0
+        assert row["tokens_per_second"] == pytest.approx(row["response_length"] * BATCH / row["seconds"])
+    assert iterations[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert iterations[0]["ratio_first"] == pytest.approx(1, abs=1e-5)
+    assert iterations[0]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_samples_are_the_replies_that_the_metrics_speak_of(runs, iterations, data):
+    samples = read_jsonl(str(runs / "ppo" / "samples.jsonl"))
+    prompts = {row["prompt"] for row in read_jsonl(data["preferences"])}
+    assert [row["iteration"] for row in samples] == [n + 1 for n in range(STEPS) for _ in range(BATCH)]
+    for row in samples:
+        assert set(row) >= {"iteration", "prompt", "response", "score", "kl", "length"}
+        assert row["prompt"] in prompts
+    for row in iterations:
+        mine = [sample for sample in samples if sample["iteration"] == row["iteration"]]
+        for metric, key in (("score_mean", "score"), ("kl", "kl"), ("response_length", "length")):
+            assert sum(sample[key] for sample in mine) / BATCH == pytest.approx(row[metric], rel=1e-5, abs=1e-6)
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds(runs, iterations):
+    logged = scalars(runs / "ppo")
+    for metric in PPO_METRICS - {"iteration"}:
+        steps, values = zip(*logged[f"train/{metric}"], strict=True)
+        assert steps == tuple(range(1, STEPS + 1))
+        assert values == pytest.approx([row[metric] for row in iterations], rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "tags"), [("sft", {"train/loss"}), ("reward", {"eval/accuracy", "eval/loss"})])
+def test_the_other_stages_log_too(runs, stage, tags):
+    assert tags <= set(scalars(runs / stage))
+    rows = read_jsonl(str(runs / stage / "metrics.jsonl"))
+    names = {tag.replace("train/", "").replace("eval/", "eval_") for tag in tags}
+    assert names <= set().union(*rows)
+    assert all("step" in row for row in rows)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_run_json_says_how_to_repeat_the_run(runs, stage):
+    run = json.loads((runs / stage / "run.json").read_text(encoding="utf-8"))
+    assert (run["stage"], run["seed"], run["prompt_template"]) == (stage, 5, TEMPLATE)
+    assert run["base_model"] == str(runs / "base")
+    assert set(run) >= {"base_fingerprint", "git_commit", "python", "libraries", "arguments", "data"}
+    assert run["arguments"]["output_dir"] == str(runs / stage)
+    for library in ("torch", "transformers", "peft", "trl", "datasets", "accelerate"):
+        assert run["libraries"][library] == version(library)
+    assert not [key for key in run["arguments"] if key.endswith("_token")]  # no secrets of the hub
+    if stage == "ppo":
+        assert (run["arguments"]["steps"], run["arguments"]["batch_size"]) == (STEPS, BATCH)
+        assert json.loads((runs / "ppo/checkpoint-2/run.json").read_text(encoding="utf-8")) == run
+    else:
+        assert run["lora"]["lora_r"] == 16
+
+
+def test_pictures(runs):
+    pictures = list((runs / "ppo" / "plots").glob("*.png"))
+    assert {picture.stem for picture in pictures} >= {"score_mean", "response_length", "kl", "entropy"}
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.format == "PNG"
+            assert image.width > 400
+            assert len(np.unique(np.asarray(image.convert("L")))) > 10  # something is drawn
+
+
+def test_pictures_show_the_numbers(tmp_path, monkeypatch):
+    """The curve that matplotlib gets is the column of metrics.jsonl, evaluation rows left out."""
+    from matplotlib.axes import Axes
+
+    drawn = {}
+    plot, settings = Axes.plot, Axes.set
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, **style: drawn.update({self: (x, y)}) or plot(self, x, y, **style)
+    )
+    titles = {}
+    monkeypatch.setattr(
+        Axes, "set", lambda self, **texts: titles.update({self: texts["title"]}) or settings(self, **texts)
+    )
+    names = ("score_mean", "score_std", "response_length", "kl", "entropy", "value_loss", "clip_fraction")
+    rows = [{"iteration": i, **{name: i * 10.0 + n for n, name in enumerate(names)}} for i in (1, 2, 3)]
+    lines = [rows[0], {"iteration": 1, "eval_score_mean": 99.0}, *rows[1:]]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_curves(str(tmp_path))
+    curves = {titles[axes]: curve for axes, curve in drawn.items()}
+    assert curves["score (reward model)"] == ([1, 2, 3], [10.0, 20.0, 30.0])
+    assert curves["KL to the SFT model (nats a reply)"] == ([1, 2, 3], [13.0, 23.0, 33.0])
+
+
+def test_a_resumed_run_forgets_the_rows_it_will_write_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"iteration": i}) + "\n" for i in (1, 2, 3, 4)))
+    drop_rows_after(str(path), "iteration", 2)
+    assert [row["iteration"] for row in read_jsonl(str(path))] == [1, 2]

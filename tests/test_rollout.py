@@ -1,0 +1,351 @@
+"""Replies and their log-probs: rules 3, 6 and 10 of DESIGN.md ("Always true")."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from tests.conftest import FAMILIES, make_model
+from tests.helpers import (
+    Stages,
+    independent_logits,
+    independent_logprobs,
+    lively,
+    make_ppo_trainer,
+    make_stages,
+    move_policy,
+    queries_of,
+    save_lively_base,
+    wake_value_head,
+)
+from utils import rollout
+from utils.adapters import REFERENCE, enable_jobs, use_adapter
+from utils.rollout import Batch, ReplyStatistics, Sampling, make_batch, reply_job, sample_replies
+
+PAD, EOS = 0, 2
+QUERIES = [[5, 9, 9, 30, 7, 5, 11, 260, 31], [40, 41], [PAD, 6, EOS, 6], [17] * 6]  # a pad and an EOS that are meant
+RESPONSES = [[9, 50, 50, EOS], [41, 40, 60, 61, 61, 62, 60], [EOS], [17, PAD, 6, 5, 8]]
+PLAIN = Sampling(eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=12)
+SHAPED = replace(PLAIN, temperature=0.7, repetition_penalty=1.3, begin_suppress_tokens=(PAD, EOS))
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    folder = tmp_path_factory.mktemp("stages")
+    return make_stages(save_lively_base(folder / "base"), folder)
+
+
+def statistics(model: PreTrainedModel, batch: Batch, sampling: Sampling, values: bool = False) -> ReplyStatistics:
+    job = reply_job(batch, sampling, with_values=values, with_entropy=True)
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=job)
+
+
+def chi_square_tail(counts: Tensor, probabilities: Tensor) -> float:
+    """Probability of counts at least this far from `probabilities`; bins that expect fewer than 5 are put together."""
+    expected = probabilities.double() * counts.sum()
+    rare = expected < 5
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    observed = torch.cat([counts[~rare], counts[rare].sum()[None]]).double()
+    statistic = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), statistic / 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rule 3: log-probs of the distribution that was sampled from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        PLAIN,
+        replace(PLAIN, temperature=0.7),
+        replace(PLAIN, repetition_penalty=1.3),
+        replace(PLAIN, begin_suppress_tokens=(EOS, 41)),
+        replace(SHAPED, begin_suppress_tokens=(5, PAD)),
+    ],
+    ids=["plain", "temperature", "repetition penalty", "suppressed first token", "all"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_are_those_of_transformers_own_processors(family: str, sampling: Sampling) -> None:
+    """The original scored with raw logits what it had sampled with a penalty and without EOS: its KL went negative.
+
+    The reference is transformers alone, one unpadded row at a time; ours is one padded batch.
+    """
+    model = lively(make_model(family))
+    wanted = [independent_logprobs(model, *row, sampling) for row in zip(QUERIES, RESPONSES, strict=True)]
+    distributions = [
+        independent_logits(model, *row, sampling).softmax(-1) for row in zip(QUERIES, RESPONSES, strict=True)
+    ]
+    enable_jobs(model)
+    with torch.no_grad():
+        ours = statistics(model, make_batch(QUERIES, RESPONSES, PAD), sampling)
+    for row, (logprobs, probabilities) in enumerate(zip(wanted, distributions, strict=True)):
+        length = len(RESPONSES[row])
+        torch.testing.assert_close(ours.logprobs[row, :length], logprobs, rtol=1e-4, atol=1e-4)
+        entropy = torch.special.entr(probabilities).sum(-1)  # -p log p, 0 where p is 0
+        torch.testing.assert_close(ours.entropy[row, :length], entropy, rtol=1e-4, atol=1e-4)
+        assert not ours.logprobs[row, length:].any()
+        assert not ours.entropy[row, length:].any()
+
+
+@pytest.mark.parametrize("sampling", [PLAIN, SHAPED], ids=["plain", "shaped"])
+def test_tokens_are_drawn_with_the_probabilities_that_the_logprobs_claim(sampling: Sampling) -> None:
+    """generate() quietly applies top_k=50 and the model's own defaults: then samples and log-probs disagree.
+
+    Chi-square tests of the first and second token of 6000 replies against transformers' own processors.  The seeds are
+    fixed, so the outcome is too; for a right sampler another choice of seeds would fail one time in 1e5 per test.
+    The vocabulary has 96 tokens with a flat distribution, so a top-k of 50 would empty half of the bins.
+    """
+    model = make_model("llama", vocabulary=96)
+    model.get_output_embeddings().weight.data *= 2
+    query, count = [5, 9, 9, 30], 6000
+    replies = sample_replies(model, [query] * count, range(count), replace(sampling, max_new_tokens=2))
+
+    first = independent_logits(model, query, [0], sampling).softmax(-1)[0]  # [V]
+    seen_first = torch.tensor([reply[0] for reply in replies]).bincount(minlength=96)
+    assert chi_square_tail(seen_first, first) > 1e-5
+    assert not seen_first[first == 0].any()
+
+    # the second token's distribution is one for each first token: mix them with the first's probabilities
+    going_on = [token for token in range(96) if token != EOS]
+    after = torch.stack([independent_logits(model, query, [token, 0], sampling)[1].softmax(-1) for token in going_on])
+    second = (first[going_on, None] * after).sum(0) / first[going_on].sum()
+    seen_second = torch.tensor([reply[1] for reply in replies if reply[0] != EOS]).bincount(minlength=96)
+    assert chi_square_tail(seen_second, second) > 1e-5
+    assert seen_second[EOS] > 0  # suppressed as the first token alone
+
+    # the test has teeth: at half the temperature the same counts would be a wonder
+    cold = independent_logits(model, query, [0], replace(sampling, temperature=sampling.temperature / 2)).softmax(-1)
+    assert chi_square_tail(seen_first, cold[0]) < 1e-9
+
+
+@pytest.mark.parametrize("shape", [{}, {"temperature": 0.7, "repetition_penalty": 1.3}], ids=["plain", "shaped"])
+def test_sampled_kl_is_the_exact_kl_which_is_never_negative(stages: Stages, tmp_path: Path, shape: dict) -> None:
+    """With an EOS that is suppressed in the sampler alone, the policy earned reward by making its KL negative.
+
+    Exact: sum over the vocabulary at each position of the sampled replies, from transformers' processors.  k1 minus that
+    sum has mean 0 for every prefix, so its mean over 800 replies is 0 within its standard error.
+    """
+    trainer = make_ppo_trainer(stages, tmp_path, output_max_length=2, mini_batch_size=800, batch_size=800, **shape)
+    move_policy(trainer)
+    model, sampling, count = trainer.model, trainer.sampling, 800
+    assert sampling.begin_suppress_tokens == (PAD, EOS)  # the default
+
+    def wish_to_end(query: list[int]) -> Tensor:
+        """Log of the probability that stays when EOS and padding are suppressed."""
+        unsuppressed = independent_logits(model, query, [0], replace(sampling, begin_suppress_tokens=()))
+        return torch.log1p(-unsuppressed.softmax(-1)[0, [PAD, EOS]].sum())
+
+    def hidden_shift(query: list[int]) -> float:
+        """What leaving the suppression out of both log-probs would add to every k1."""
+        with use_adapter(model, REFERENCE):
+            reference = wish_to_end(query)
+        return float(wish_to_end(query) - reference)
+
+    query = max(queries_of(trainer, len(trainer.train_dataset)), key=lambda query: abs(hidden_shift(query)))
+    assert abs(hidden_shift(query)) > 0.2
+    experience = trainer.judge(model, [query] * count, list(range(count)), [0] * count)
+    mask = experience.batch.response_mask
+    k1 = ((experience.logprobs - experience.ref_logprobs) * mask).sum(1)  # [count]
+
+    exact, known = torch.zeros(count), {}
+    for row, response in enumerate(experience.batch.responses()):
+        if tuple(response[:-1]) not in known:  # what the last token is does not matter to any of the distributions
+            policy = independent_logits(model, query, response, sampling).double().log_softmax(-1)
+            with use_adapter(model, REFERENCE):
+                reference = independent_logits(model, query, response, sampling).double().log_softmax(-1)
+            terms = policy.exp() * (policy - reference).masked_fill(policy == -torch.inf, 0)
+            assert terms.sum(-1).min() > -1e-6
+            known[tuple(response[:-1])] = float(terms.sum())
+        exact[row] = known[tuple(response[:-1])]
+    assert exact.mean() > 0.05  # there is something to measure
+    difference = k1 - exact
+    error = difference.std() / count**0.5
+    assert abs(difference.mean()) < 4 * error  # a right estimate misses this once in 16000 choices of seeds
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reply_does_not_depend_on_its_batch(family: str) -> None:
+    """Left padding without position_ids, or one random stream a batch, made a reply depend on its neighbours.
+
+    Rule 8 and the resume of rule 7 stand on this.
+    """
+    model = lively(make_model(family))
+    sampling = replace(SHAPED, max_new_tokens=8, temperature=1.5)
+    together = sample_replies(model, QUERIES, [3, 4, 5, 6], sampling)
+    for query, seed, reply in zip(QUERIES, [3, 4, 5, 6], together, strict=True):
+        assert sample_replies(model, [query], [seed], sampling) == [reply]
+    assert len({tuple(*sample_replies(model, QUERIES[1:2], [seed], sampling)) for seed in range(9)}) > 5
+    enable_jobs(model)
+    with torch.no_grad():
+        batch = statistics(model, make_batch(QUERIES, together, PAD), sampling)
+        for row, (query, reply) in enumerate(zip(QUERIES, together, strict=True)):
+            alone = statistics(model, make_batch([query], [reply], PAD), sampling)
+            torch.testing.assert_close(batch.logprobs[row, : len(reply)], alone.logprobs[0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_sampled_has_the_logprobs_of_its_own_draw() -> None:
+    """The draw inside generate() and reply_job() have to agree on which tokens were seen, and when.
+
+    One uniform number picks each token: it has to lie in that token's part of the cumulative distribution.
+    """
+    model = lively(make_model("llama"))
+    seeds = [8, 9, 10, 11]
+    replies = sample_replies(model, QUERIES, seeds, SHAPED)
+    uniforms = rollout.uniform_streams(seeds, SHAPED.max_new_tokens)
+    for query, reply, stream in zip(QUERIES, replies, uniforms, strict=True):
+        cumulative = independent_logits(model, query, reply, SHAPED).double().softmax(-1).cumsum(-1)  # [T, V]
+        for token, number, part in zip(reply, stream, cumulative, strict=False):
+            assert (part[token - 1] if token else 0) - 1e-5 <= number <= part[token] + 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rule 6: no empty reply
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "empty"), [({}, False), ({"begin_suppress_tokens": "none"}, True)])
+def test_the_empty_reply_is_impossible_by_default(stages: Stages, tmp_path: Path, arguments: dict, empty: bool) -> None:
+    """The original collapsed to empty replies: one of them with a high score was enough."""
+    base = make_model("llama").requires_grad_(False)
+    head = nn.Linear(32, 320, bias=True)
+    head.weight.data.copy_(base.lm_head.weight.data)
+    nn.init.zeros_(head.bias)
+    head.bias.data[EOS] = 50.0  # e^50 to 1: nothing but EOS, wherever it may be
+    base.lm_head = head.requires_grad_(False)
+    trainer = make_ppo_trainer(stages, tmp_path, base=base, **arguments)
+    experience = trainer.judge(trainer.model, queries_of(trainer, 8), list(range(8)), list(range(8)))
+    responses = experience.batch.responses()
+    if empty:
+        assert responses == [[EOS]] * 8
+        measures = trainer.describe(experience, torch.zeros(8), experience.scores)
+        assert measures["empty_fraction"] == 1.0
+    else:
+        # one token that ends nothing, then EOS
+        assert all(
+            len(response) == 2 and response[0] not in (EOS, PAD) and response[1] == EOS for response in responses
+        )
+        assert torch.isfinite(experience.logprobs).all()
+        assert torch.isfinite(experience.entropy).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rule 10: logits at reply positions only, in chunks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Shapes(TorchDispatchMode):
+    """Records the shape of every tensor that any operation makes, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+        self.operations: set[str] = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        self.operations.add(str(operation))
+        self.shapes |= {tuple(leaf.shape) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        return result
+
+    def logit_rows(self, vocabulary: int, hidden: int) -> int:
+        """Most rows of any tensor as wide as the vocabulary, views of the (transposed) output embedding aside."""
+        wide = [shape for shape in self.shapes if len(shape) > 1 and shape[-1] == vocabulary]
+        return max(torch.Size(shape[:-1]).numel() for shape in wide if shape[-2:] != (hidden, vocabulary))
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 5])
+def test_no_tensor_of_batch_by_length_by_vocabulary(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_rows: int | None
+) -> None:
+    """Logits of prompt + reply positions are what runs out of memory first: 32 x 1024 x 150,000 floats are 18 GiB."""
+    vocabulary, hidden, count = 320, 32, 8
+    if chunk_rows:
+        monkeypatch.setattr(rollout, "LOGIT_CHUNK", chunk_rows * vocabulary)
+    trainer = make_ppo_trainer(stages, tmp_path, batch_size=count, mini_batch_size=count, ppo_epochs=1)
+    trainer.create_optimizer_and_scheduler(1)
+    queries = queries_of(trainer, count)
+    replies = sample_replies(trainer.model, queries, list(range(count)), trainer.sampling)
+    monkeypatch.setattr("rl_training.sample_replies", lambda *_: replies)
+    with _Shapes() as seen:
+        experience = trainer.judge(trainer.model, queries, list(range(count)), list(range(count)))
+        advantages = torch.randn(experience.values.shape)
+        trainer.update(trainer.model, experience, advantages, advantages, 0)
+    assert any("backward" in operation for operation in seen.operations)  # the backward pass was watched too
+    length, tokens = experience.batch.input_ids.shape[1], int(experience.batch.response_mask.sum())
+    assert length != hidden  # which the shapes could not tell apart
+    assert tokens < count * experience.batch.response_mask.shape[1]  # ragged: padding positions have no logits either
+    rows = seen.logit_rows(vocabulary, hidden)
+    assert rows == (chunk_rows or tokens)
+    assert max(torch.Size(shape).numel() for shape in seen.shapes) < count * length * vocabulary
+
+    with _Shapes() as seen:  # generate() keeps the logits of the last position
+        sample_replies(trainer.model, queries, list(range(count)), trainer.sampling)
+    assert seen.logit_rows(vocabulary, hidden) == count
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3])
+def test_chunks_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
+    """A chunk that is computed again in the backward pass must see the same rows as the first time."""
+    results = []
+    for limit in (rollout.LOGIT_CHUNK, chunk_rows * 320):
+        monkeypatch.setattr(rollout, "LOGIT_CHUNK", limit)
+        model = lively(make_model("llama"))
+        enable_jobs(model)
+        model.v_head = nn.Linear(32, 1)
+        nn.init.constant_(model.v_head.weight, 0.3)
+        nn.init.zeros_(model.v_head.bias)
+        ours = statistics(model, make_batch(QUERIES, RESPONSES, PAD), replace(SHAPED, begin_suppress_tokens=(5,)), True)
+        weights = torch.arange(1.0, 1 + ours.logprobs.numel()).view_as(ours.logprobs).sin()  # no two tokens alike
+        (weights * (ours.logprobs + ours.values + ours.entropy)).sum().backward()
+        results.append((ours, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    (whole, whole_gradients), (parts, part_gradients) = results
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(other, one)
+    for name, gradient in whole_gradients.items():
+        torch.testing.assert_close(part_gradients[name], gradient, rtol=1e-4, atol=1e-5)
+    assert whole_gradients["model.layers.0.mlp.up_proj.weight"].abs().max() > 0.1
+
+
+def test_adding_padding_columns_changes_nothing(stages: Stages, tmp_path: Path) -> None:
+    """The padding of a batch depends on its longest reply: no measure may depend on that."""
+    trainer = make_ppo_trainer(stages, tmp_path)
+    wake_value_head(trainer)
+    move_policy(trainer)
+    experience = trainer.judge(trainer.model, queries_of(trainer, 8), list(range(8)), list(range(8)))
+    kl = ((experience.logprobs - experience.ref_logprobs) * experience.batch.response_mask).sum(1)
+    measures = trainer.describe(experience, kl, experience.scores)
+
+    def wider(part: Tensor, value: float) -> Tensor:
+        return nn.functional.pad(part, (0, 5), value=value)
+
+    batch = experience.batch
+    padded = experience._replace(
+        batch=Batch(
+            wider(batch.input_ids, 77),  # padding is told by the mask: any id will do
+            wider(batch.attention_mask, 0),
+            batch.query_lengths,
+            wider(batch.response_mask, False),
+        ),
+        logprobs=wider(experience.logprobs, 3.0),
+        ref_logprobs=wider(experience.ref_logprobs, -3.0),
+        values=wider(experience.values, 9.0),
+        entropy=wider(experience.entropy, 100.0),
+    )
+    assert trainer.describe(padded, kl, experience.scores) == pytest.approx(measures, rel=1e-6)
+
+    for with_values in (False, True):
+        inputs = {"input_ids": padded.batch.input_ids, "attention_mask": padded.batch.attention_mask}
+        job = reply_job(padded.batch, trainer.sampling, with_values=with_values, with_entropy=True)
+        with torch.no_grad():
+            ours = trainer.model(**inputs, job=job)
+        torch.testing.assert_close(ours.logprobs[:, :-5], experience.logprobs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.entropy[:, :-5], experience.entropy, rtol=1e-5, atol=1e-5)
+        if with_values:
+            torch.testing.assert_close(ours.values[:, :-5], experience.values, rtol=1e-5, atol=1e-5)

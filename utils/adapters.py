@@ -1,0 +1,403 @@
+"""One base model, many adapters: load, attach, switch, heads, save.
+
+The base is always loaded as a causal language model and never changed.  SFT, reward and PPO adapters are LoRA weights
+beside it; the score head and the value head are linear layers on the decoder's last hidden states.  Everything that
+reads hidden states runs inside the model's own forward() (see `enable_jobs`), because DDP, FSDP and DeepSpeed only take
+care of parameters that are used there.
+"""
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import os
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from utils.arguments import InputError, LoraArguments, ModelArguments, say
+
+POLICY, REFERENCE, REWARD = "default", "reference", "reward"  # PEFT saves "default" at the root of a folder
+VALUE_HEAD_FILE = "value_head.safetensors"
+SCORE_KEY = "base_model.model.score.weight"  # where PEFT keeps the head of a sequence classifier
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
+    """Tokenizer of the base, with a pad token (its own, else <unk>, else EOS: padding is told by masks, never by id).
+
+    Raises InputError when there is none, or it has no EOS.
+    """
+    name = model_args.model_name_or_path
+    if name.startswith((".", "/", "~")) and not os.path.isdir(name):  # the hub's complaint is about its naming rules
+        raise InputError(f"there is no folder {name}; check --model_name_or_path")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model_args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load a tokenizer from {name}: {_one_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {name} has no EOS token, so a reply could never end; set eos_token in it")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(model_args: ModelArguments, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The base as a causal language model, in eval mode, nothing trainable.  Raises InputError when it cannot be loaded.
+
+    dtype: "auto" is the type that the weights are stored in.
+    """
+    name = model_args.model_name_or_path
+    options = {"trust_remote_code": model_args.trust_remote_code}
+    try:
+        AutoConfig.from_pretrained(name, **options)  # a readable complaint before gigabytes are read
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load the base model {name}: {_one_line(error)}") from error
+    # A model's own generation defaults (Qwen's repetition_penalty, top_p ...) must not change what PPO samples.
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.generation_config.bos_token_id, eos_token_id=model.generation_config.eos_token_id
+    )
+    return model.requires_grad_(False).eval()
+
+
+def base_fingerprint(base: PreTrainedModel) -> str:
+    """Short hash that tells two bases apart, whatever folder they lie in and whichever float type they are loaded as."""
+    embedding = base.get_input_embeddings().weight
+    digest = hashlib.sha256(repr((type(base).__name__, tuple(embedding.shape))).encode())
+    rows = embedding.detach()[:: max(1, len(embedding) // 64)]  # a sample spread over the vocabulary
+    digest.update(rows.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def hidden_width(base: PreTrainedModel) -> int:
+    """Width of the decoder's last hidden states, which is what the output embedding and the heads read."""
+    return base.get_output_embeddings().weight.shape[1]
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to 0, the ones that are plain numbers in an attention module included.
+
+    PPO compares log-probs of the same tokens over time; with dropout the first ratio would not be 1 (Ziegler 2019).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "dropout_p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs: code that runs inside forward() on the last hidden states
+# ---------------------------------------------------------------------------------------------------------------------
+
+Job = Callable[[PreTrainedModel, Tensor], Any]  # (base, last hidden states [B, L, H]) -> tensors
+
+
+def enable_jobs(base: PreTrainedModel) -> None:
+    """Teach forward() one more argument: `job`, called with the base and the last hidden states instead of the LM head.
+
+    Without `job`, forward() is what it was, so generate() and everything else still work.  Has to be called before PEFT
+    wraps the base.
+    """
+    plain_forward = base.forward
+    decoder = base.base_model
+    takes_positions = "position_ids" in inspect.signature(type(decoder).forward).parameters
+
+    @functools.wraps(type(base).forward)  # generate() checks its arguments against this signature
+    def forward(self: PreTrainedModel, *args: Any, job: Job | None = None, **inputs: Any) -> Any:
+        if job is None:
+            return plain_forward(*args, **inputs)
+        mask = inputs["attention_mask"]
+        extra = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if takes_positions else {}  # for left padding
+        decoder = self.base_model
+        hidden = decoder(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False, **extra).last_hidden_state
+        return job(self, hidden)
+
+    base.forward = types.MethodType(forward, base)
+
+
+def last_token_index(attention_mask: Tensor) -> Tensor:
+    """Index of the last real token of each row, int64 [B]; mask [B, L] is 1 on real tokens, padding on either side."""
+    return attention_mask.shape[1] - 1 - attention_mask.flip(1).long().argmax(1)
+
+
+def score_job(attention_mask: Tensor, adapter: str) -> Job:
+    """Job that gives one score a row, float32 [B]: the head of `adapter` read at the last real token."""
+
+    def job(base: PreTrainedModel, hidden: Tensor) -> Tensor:
+        head = base.score.modules_to_save[adapter]
+        rows = torch.arange(len(hidden), device=hidden.device)
+        last = hidden[rows, last_token_index(attention_mask)]  # [B, H]
+        with torch.autocast(hidden.device.type, enabled=False):  # the head stays float32: scores differ by little
+            return nn.functional.linear(last.float(), head.weight.float()).squeeze(-1)
+
+    return job
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# New adapters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_target_modules(names: str, base: PreTrainedModel) -> list[str]:
+    """Layer names for LoRA: "all-linear", or names joined by | or a comma, checked against the decoder's linear layers.
+
+    W_pack is Baichuan's name for q, k and v in one matrix; on a model with three it means those three.
+    Raises InputError that lists the layers there are.
+    """
+    linear = sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in base.base_model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))
+        }
+    )
+    if names == "all-linear":
+        return linear
+    wanted = [name.strip() for name in names.replace("|", ",").split(",") if name.strip()]
+    split = ["q_proj", "k_proj", "v_proj"]
+    if "W_pack" in wanted and "W_pack" not in linear and set(split) <= set(linear):
+        say("warning: this model has no W_pack; --lora_target_modules W_pack means q_proj, k_proj and v_proj here")
+        wanted = [name for name in wanted if name != "W_pack"] + split
+    unknown = [name for name in wanted if name not in linear]
+    if unknown or not wanted:
+        raise InputError(
+            f"--lora_target_modules {names}: {', '.join(unknown) or 'nothing'} is no linear layer of this model; "
+            f"it has {', '.join(linear)}"
+        )
+    return wanted
+
+
+def new_lora_config(lora: LoraArguments, base: PreTrainedModel, task_type: str) -> LoraConfig:
+    """LoRA configuration of a new adapter; task_type "SEQ_CLS" also trains and saves the score head."""
+    return LoraConfig(
+        task_type=task_type,
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=resolve_target_modules(lora.lora_target_modules, base),
+        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+    )
+
+
+def add_score_head(base: PreTrainedModel, seed: int | None = None) -> None:
+    """Give the base a one-label head without bias, float32, drawn from N(0, 1/(H+1)) (Stiennon et al. 2020)."""
+    width = hidden_width(base)
+    head = nn.Linear(width, 1, bias=False, device=base.device, dtype=torch.float32)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        head.weight.data.copy_(torch.randn(1, width, generator=generator) * (width + 1) ** -0.5)
+    base.score = head
+
+
+def new_reward_model(base: PreTrainedModel, lora: LoraArguments, seed: int) -> PeftModel:
+    """Base + a new reward adapter with its score head, the only trainable parts."""
+    enable_jobs(base)
+    config = new_lora_config(lora, base, "SEQ_CLS")
+    add_score_head(base, seed)
+    return PeftModel(base, config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saved adapters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SavedAdapter:
+    """An adapter folder that was looked at, not loaded: `run` is its run.json, empty for adapters trained elsewhere."""
+
+    path: str
+    config: LoraConfig
+    keys: list[str]
+    run: dict[str, Any]
+
+    @property
+    def has_score_head(self) -> bool:
+        return SCORE_KEY in self.keys
+
+
+def read_adapter(path: str | None, argument: str) -> SavedAdapter:
+    """Look at the adapter folder that `argument` names.  Raises InputError when it is missing, incomplete or no LoRA."""
+    if path is None:
+        raise InputError(f"no adapter was given; add {argument} FOLDER")
+    weights = os.path.join(path, SAFETENSORS_WEIGHTS_NAME)
+    for file in (os.path.join(path, "adapter_config.json"), weights):
+        if not os.path.isfile(file):
+            raise InputError(f"{argument} {path}: there is no {os.path.basename(file)} in it; give an adapter's folder")
+    try:
+        with safe_open(weights, "pt") as file:
+            keys = list(file.keys())
+        config = LoraConfig.from_pretrained(path)
+        run = {}
+        if os.path.isfile(os.path.join(path, "run.json")):
+            with open(os.path.join(path, "run.json"), encoding="utf-8") as file:
+                run = json.load(file)
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{argument} {path} cannot be read: {_one_line(error)}; is the file complete?") from error
+    return SavedAdapter(path, config, keys, run)
+
+
+def check_adapter(
+    adapter: SavedAdapter, argument: str, needs_score_head: bool, template: str, base: PreTrainedModel
+) -> None:
+    """Raise InputError when the adapter is of another kind, base or prompt template than this run's.
+
+    An adapter without run.json was trained elsewhere: then the arguments decide, and one line says so.
+    """
+    if needs_score_head and not adapter.has_score_head:
+        raise InputError(
+            f"{argument} {adapter.path} holds no score head, so it is no reward adapter; "
+            "give one that reward_modeling.py wrote"
+        )
+    if not needs_score_head and adapter.has_score_head:
+        raise InputError(f"{argument} {adapter.path} is a reward adapter; give one that sft_training.py wrote")
+    if not adapter.run:
+        say(f"warning: {adapter.path} has no run.json, so its base and prompt template are taken from the arguments")
+        return
+    if adapter.run["base_fingerprint"] != base_fingerprint(base):
+        raise InputError(
+            f"{argument} {adapter.path} was trained on the base {adapter.run['base_model']}, not on "
+            f"{base.config._name_or_path}; give the same base in all stages"
+        )
+    if adapter.run["prompt_template"] != template:
+        raise InputError(
+            f"{argument} {adapter.path} was trained with the prompt template {adapter.run['prompt_template']!r}, "
+            f"not {template!r}; give that one as --prompt_template"
+        )
+
+
+def load_adapter(model: PeftModel, adapter: SavedAdapter, name: str) -> None:
+    """Add a frozen adapter under `name` and make sure that every tensor of its file went in.
+
+    Raises InputError when shapes or names do not fit the base.
+    """
+    try:
+        result = model.load_adapter(adapter.path, name, autocast_adapter_dtype=True)
+    except (RuntimeError, ValueError) as error:  # shapes of another base; target modules that it does not have
+        raise InputError(f"the adapter {adapter.path} does not fit this base: {_one_line(error)}") from error
+    _refuse_leftovers(result, adapter.path, name)
+    model.set_requires_grad(name, requires_grad=False)
+
+
+def attach_adapter(base: PreTrainedModel, adapter: SavedAdapter, config: LoraConfig) -> PeftModel:
+    """Wrap the base with a saved adapter under the name "default".  Raises InputError when it does not fit the base.
+
+    The base needs a `score` before a reward adapter is attached: see `add_score_head`.
+    """
+    # PEFT's own class for sequence classifiers has another forward(), which takes no job
+    wrap = PeftModel if adapter.has_score_head else get_peft_model
+    try:
+        model = wrap(base, config, adapter_name=POLICY)
+    except ValueError as error:  # target modules that this base does not have
+        raise InputError(f"the adapter {adapter.path} does not fit this base: {_one_line(error)}") from error
+    load_weights(model, adapter.path, POLICY)
+    return model
+
+
+def load_weights(model: PeftModel, folder: str, name: str) -> None:
+    """Fill the adapter `name`, which exists already, from a folder.  Raises InputError when it does not fit."""
+    try:
+        result = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"), adapter_name=name)
+    except RuntimeError as error:
+        raise InputError(f"the adapter {folder} does not fit this base: {_one_line(error)}") from error
+    _refuse_leftovers(result, folder, name)
+
+
+def _refuse_leftovers(result: Any, path: str, name: str) -> None:
+    missing = [key for key in result.missing_keys if f".{name}." in key]  # not the base's, nor other adapters'
+    if result.unexpected_keys or missing:
+        raise InputError(
+            f"the adapter {path} does not fit this base: {len(result.unexpected_keys)} of its tensors have no place, "
+            f"{len(missing)} places stay empty (such as {(result.unexpected_keys + missing)[0]})"
+        )
+
+
+@contextlib.contextmanager
+def use_adapter(model: PeftModel, *names: str) -> Iterator[None]:
+    """Let these adapters act inside the block, none of them for the bare base, and leave requires_grad alone.
+
+    PEFT's set_adapter also flips which parameters train, which breaks an optimizer or DDP that was built on them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._active_adapter for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = list(names)
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The four parts of PPO on one base
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def assemble_ppo_model(base: PreTrainedModel, sft: SavedAdapter, reward: SavedAdapter) -> PeftModel:
+    """Base + policy (a trainable copy of the SFT adapter), reference (the SFT adapter), reward adapter, value head.
+
+    Only the policy adapter and the value head are trainable; the head starts at 0 (Ziegler et al. 2019).
+    """
+    enable_jobs(base)
+    config = LoraConfig.from_pretrained(sft.path)
+    config.inference_mode = False  # what PEFT saves always says True, and then nothing would train
+    config.lora_dropout = 0.0
+    model = attach_adapter(base, sft, config)
+    load_adapter(model, sft, REFERENCE)
+    add_score_head(base)
+    load_adapter(model, reward, REWARD)
+    base.v_head = nn.Linear(hidden_width(base), 1, device=base.device, dtype=torch.float32)
+    nn.init.zeros_(base.v_head.weight)
+    nn.init.zeros_(base.v_head.bias)
+    disable_dropout(model)
+    model.set_adapter(POLICY)
+    for name, parameter in model.named_parameters():  # PEFT flips requires_grad in many places: say it once, here
+        parameter.requires_grad_(f".{POLICY}." in name or ".v_head." in name)
+    return model.eval()
+
+
+def save_value_head(state_dict: dict[str, Tensor], folder: str) -> None:
+    """Write the value head out of a model's state dict to `folder`."""
+    head = {name.rsplit(".", 1)[-1]: value for name, value in state_dict.items() if ".v_head." in name}
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in head.items()}, os.path.join(folder, VALUE_HEAD_FILE)
+    )
+
+
+def load_value_head(base: PreTrainedModel, folder: str) -> None:
+    """Fill the value head from the file that `save_value_head` wrote.  Raises InputError when there is none."""
+    path = os.path.join(folder, VALUE_HEAD_FILE)
+    if not os.path.isfile(path):
+        raise InputError(f"there is no {VALUE_HEAD_FILE} in {folder}; give a folder that rl_training.py wrote")
+    base.v_head.load_state_dict(load_file(path))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,265 @@
+"""Arguments that more than one script uses, and how they are read: a YAML file first, then the command line.
+
+Every key of the YAML file is treated as if it stood on the command line in front of the real arguments.  So both are
+checked by the same parser: aliases work in both, an unknown key is an error in both, and the command line wins.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+DEFAULT_TEMPLATE = "问：{prompt}\n\n答："
+DEFAULT_PREFERENCES = "beyond/rlhf-reward-single-round-trans_chinese"  # the article's reward data and PPO prompts
+
+
+class InputError(Exception):
+    """Something that the user gave is wrong.  The message says what is wrong, what was found and what to do."""
+
+
+def is_main_process() -> bool:
+    """Whether this is the first process of the run: the one that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(line: str) -> None:
+    """One line for the user on stderr, from the first process alone."""
+    if is_main_process():
+        print(line, file=sys.stderr, flush=True)
+
+
+@dataclass
+class ModelArguments:
+    """Base model and prompt format: the same in all three stages."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Base model: a hub name or a folder.  The same one in all three stages.",
+            "aliases": ["--model_name", "--base_model_name"],
+        },
+    )
+    prompt_template: str = field(
+        default=DEFAULT_TEMPLATE,
+        metadata={
+            "help": "Text around the prompt, with {prompt} in it (\\n is a new line), or 'chat' for the tokenizer's own "
+            "chat template.  The same in all three stages."
+        },
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the base weights: auto (bfloat16 on a GPU that has it, else float32), or one of these.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow the base model's folder to run its own Python code."}
+    )
+
+    def __post_init__(self) -> None:
+        self.prompt_template = self.prompt_template.replace("\\n", "\n")
+        if self.prompt_template != "chat" and self.prompt_template.count("{prompt}") != 1:
+            raise InputError(
+                f"--prompt_template needs {{prompt}} in it once, found {self.prompt_template!r}; "
+                "write for example 'Question: {prompt}\\n\\nAnswer:' or 'chat'"
+            )
+        if self.model_name_or_path is None:
+            raise InputError("no base model was given; add --model_name_or_path NAME_OR_FOLDER")
+
+
+@dataclass
+class DataArguments:
+    """Where the rows come from."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Hub name, save_to_disk folder, or a .jsonl/.json/.csv/.parquet file."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of --dataset."})
+    dataset_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder inside a hub dataset, such as data/reward of stack-exchange-paired."}
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out rows, in the forms of --dataset."})
+    eval_dataset_split: str = field(default="train", metadata={"help": "Split of --eval_dataset."})
+    eval_dataset_data_dir: str | None = field(default=None, metadata={"help": "As --dataset_data_dir."})
+    eval_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Without --eval_dataset: hold out this share of the prompts (0 to 1) with all their rows."},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise InputError(f"--eval_fraction is {self.eval_fraction}; give a share from 0 up to, not including, 1")
+
+
+@dataclass
+class LoraArguments:
+    """Shape of a new adapter (SFT and reward model; PPO continues the SFT adapter)."""
+
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapter while training."})
+    lora_target_modules: str = field(
+        default="all-linear",
+        metadata={
+            "help": "Layers that get an adapter: names joined by | or a comma, or all-linear.",
+            "aliases": ["--lora_target_models"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1 or self.lora_alpha < 1:
+            raise InputError(f"--lora_r {self.lora_r} and --lora_alpha {self.lora_alpha} have to be at least 1")
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose complaints are InputErrors, so that they end in one line like every other one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The YAML mapping at `path`.  Raises InputError when the file is missing, is not YAML or is not a mapping."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = yaml.safe_load(file)
+    except OSError as error:
+        raise InputError(
+            f"cannot read the configuration {path}: {error.strerror}; give --config an existing file"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}; correct the file") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds a {type(config).__name__}, not 'key: value' lines; correct the file")
+    return config
+
+
+def as_words(config: dict[str, Any]) -> list[str]:
+    """A mapping as command-line words.
+
+    A null value leaves the default; a list becomes several words; a mapping becomes JSON, as TrainingArguments takes it.
+    """
+    words = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            words.append(f"--{key}={json.dumps(value)}")
+        elif isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{key}={value}")
+    return words
+
+
+def parse_arguments(
+    dataclasses: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[Any, ...]:
+    """Read `argv` (default: the command line), with `--config FILE.yaml` in front of it, into one object a dataclass.
+
+    Raises InputError on an unknown or malformed argument.  --help prints and exits with 0, as argparse does.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    config_parser = _Parser([], add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config", help="YAML file with any of these arguments; the command line overrides it.")
+    path, words = config_parser.parse_known_args(words)
+    config = {} if path.config is None else read_yaml(path.config)
+    words = as_words(config) + words
+    parser = _Parser(
+        dataclasses,
+        parents=[config_parser],
+        allow_abbrev=False,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    try:
+        # the last two: the namespace with --config, which has done its work, and the words nobody knows
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError) as error:  # TrainingArguments checks its fields by raising these
+        raise InputError(" ".join(str(error).split())) from error
+    known = [option for action in parser._actions for option in action.option_strings]
+    unknown += [f"--{key}" for key, value in config.items() if value is None and f"--{key}" not in known]
+    if unknown:
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name, known, n=1)
+        raise InputError(f"unknown argument {name}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+    return tuple(parsed)
+
+
+def choose_precision(model_args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
+    """Type of the frozen base weights, as torch.dtype; switches bfloat16 autocast on where the base is bfloat16.
+
+    The adapters and heads stay float32: small updates vanish in bfloat16.  On a CPU the answer of `auto` is float32,
+    which is about three times faster there.
+    """
+    name = model_args.dtype
+    if name == "auto":
+        on_gpu = training_args.device.type == "cuda"
+        name = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    training_args.dataloader_pin_memory = training_args.device.type == "cuda"  # elsewhere it only warns
+    training_args.bf16 = name == "bfloat16" and not training_args.fp16
+    return getattr(torch, name)
+
+
+def check_new_folder(folder: str, advice: str = "") -> None:
+    """Refuse an output folder that already holds something.  Raises InputError, which ends in `advice`."""
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise InputError(f"the output folder {folder} is not empty; give another --output_dir{advice}")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise InputError(f"the output folder {folder} is a file; give another --output_dir")
+
+
+def check_output_dir(training_args: TrainingArguments) -> None:
+    """Refuse an output folder that already holds something, unless the run resumes.  Raises InputError."""
+    resumes = str(training_args.resume_from_checkpoint or False).lower() != "false"
+    if is_main_process() and not resumes:
+        check_new_folder(training_args.output_dir, ", or --resume_from_checkpoint true to go on with the run in it")
+
+
+def resume_path(training_args: TrainingArguments) -> str | None:
+    """Checkpoint folder that --resume_from_checkpoint names; `true` means the newest one in the output folder
+    that was saved to its end (the Trainer writes its state last).
+
+    Raises InputError when there is none.
+    """
+    wanted = training_args.resume_from_checkpoint
+    if not wanted or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not os.path.isdir(wanted):
+            raise InputError(f"there is no checkpoint folder {wanted}; give --resume_from_checkpoint true or a folder")
+        return wanted
+    checkpoints = sorted(Path(training_args.output_dir).glob("checkpoint-*"), key=_checkpoint_number, reverse=True)
+    for checkpoint in checkpoints:
+        if (checkpoint / TRAINER_STATE_NAME).is_file():
+            return str(checkpoint)
+        say(f"warning: {checkpoint} is not whole, the run was killed while it saved; an older checkpoint is taken")
+    raise InputError(
+        f"there is no whole checkpoint in {training_args.output_dir}; start without --resume_from_checkpoint"
+    )
+
+
+def _checkpoint_number(folder: Path) -> int:
+    number = folder.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call `main`; an InputError becomes one line on stderr and exit code 2, anything else keeps its traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

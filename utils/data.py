@@ -1,0 +1,386 @@
+"""From a dataset to token ids: read it, find its columns, format the prompt, tokenize.
+
+One rule holds the three stages together: prompt and reply are tokenized apart and joined as ids, EOS behind the reply.
+So SFT, the reward model and PPO see the same ids for the same prompt and reply, whatever the tokenizer would have done
+at the seam, and the query of a PPO rollout is exactly the query that SFT was trained on.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from utils.arguments import DataArguments, InputError, is_main_process, say
+
+Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
+Prompt = str | list[Message]  # a plain question, or the turns of a dialogue that ends with the user's
+Row = dict[str, Any]
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SFT_COLUMNS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("q", "a"))
+PREFERENCE_COLUMNS = (("prompt", "chosen", "rejected"), ("question", "response_j", "response_k"))
+PROMPT_COLUMNS = ("prompt", "question", "q", "instruction", "messages")
+TRANSCRIPT_TURN = "\n\nAssistant:"  # hh-rlhf writes its dialogues as "\n\nHuman: ...\n\nAssistant: ..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_dataset(name: str, split: str = "train", data_dir: str | None = None) -> Dataset:
+    """Rows of a local file, a save_to_disk folder, or a dataset of the hub.
+
+    Raises InputError when there is no such thing, it cannot be parsed, or it has no rows.
+    """
+    suffix = os.path.splitext(name)[1].lower()
+    try:
+        if os.path.isfile(name):
+            if suffix not in FILE_FORMATS:
+                raise InputError(f"{name} ends in {suffix or 'nothing'}; give one of {', '.join(FILE_FORMATS)}")
+            if os.path.getsize(name) == 0:
+                raise InputError(f"the dataset {name} is an empty file; give one that has rows")
+            rows = load_dataset(FILE_FORMATS[suffix], data_files=name, split="train")
+        elif os.path.isdir(name) and any(
+            os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")
+        ):
+            rows = load_from_disk(name)
+            if isinstance(rows, DatasetDict):
+                rows = rows[split]
+        elif suffix in FILE_FORMATS or name.startswith((".", "/", "~")):
+            raise InputError(f"there is no file or folder {name}; check --dataset")
+        else:
+            rows = load_dataset(name, data_dir=data_dir, split=split)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # what datasets raises for names, splits and content
+        raise InputError(f"cannot read the dataset {name}: {' '.join(str(error).split())[:300]}") from error
+    except DatasetGenerationError as error:  # says nothing itself: what was wrong with the content is in its cause
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise InputError(f"cannot read the dataset {name}: {reason}; is the file complete?") from error
+    if len(rows) == 0:
+        raise InputError(f"the dataset {name} has no rows; give one that has")
+    return rows
+
+
+def train_and_eval_rows(data: DataArguments, default: str) -> tuple[Dataset, Dataset | None]:
+    """Training rows, and held-out rows where the arguments ask for them.
+
+    `eval_fraction` holds out whole prompts: rows that share a prompt fall on the same side, so nothing leaks.
+    """
+    name = data.dataset or default
+    rows = read_dataset(name, data.dataset_split, data.dataset_data_dir)
+    if data.eval_dataset is not None:
+        return rows, read_dataset(data.eval_dataset, data.eval_dataset_split, data.eval_dataset_data_dir)
+    if data.eval_fraction == 0:
+        return rows, None
+    prompt_of = prompt_reader(rows)
+    held_out = [_held_out(str(prompt_of(row)), data.eval_fraction) for row in rows]
+    train = rows.select([i for i, out in enumerate(held_out) if not out])
+    evaluation = rows.select([i for i, out in enumerate(held_out) if out])
+    if len(train) == 0 or len(evaluation) == 0:
+        raise InputError(
+            f"--eval_fraction {data.eval_fraction} of {len(rows)} rows leaves {len(train)} for training and "
+            f"{len(evaluation)} for evaluation; change the share or give --eval_dataset"
+        )
+    return train, evaluation
+
+
+def _held_out(prompt: str, fraction: float) -> bool:
+    """Whether this prompt belongs to the held-out share: decided by its text alone, in every run and every stage."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sft_reader(rows: Dataset) -> Callable[[Row], list[tuple[Prompt, str]]]:
+    """Function row -> its (prompt, reply) pairs, by the columns that the dataset has.
+
+    Raises InputError that names the columns found and the ones wanted.
+    """
+    columns = rows.column_names
+    if "messages" in columns:
+        _check_kind(rows, "messages", text=False)
+        return lambda row: [_split_messages(row["messages"])]
+    if {"question", "chatgpt_answers"} <= set(columns):  # HC3: a list of answers, each an example of its own
+        return lambda row: [(_dialogue(row["question"]), answer) for answer in row["chatgpt_answers"] or []]
+    if {"instruction", "output"} <= set(columns):
+        _check_kind(rows, "instruction", "output")
+        return lambda row: [(_instruction(row), row["output"])]
+    for prompt, response in SFT_COLUMNS:
+        if {prompt, response} <= set(columns):
+            _check_kind(rows, prompt, response)
+            return lambda row: [(_dialogue(row[prompt]), _last_reply(row[response]))]
+    if {"chosen", "response_j"} & set(columns):  # SFT on the preferred replies
+        pair = preference_reader(rows)
+        return lambda row: [pair(row)[:2]]
+    raise _unknown_columns(
+        columns,
+        "prompt/response, prompt/completion, question/answer, q/a, instruction[/input]/output, messages, "
+        "question/chatgpt_answers or prompt/chosen",
+    )
+
+
+def preference_reader(rows: Dataset) -> Callable[[Row], tuple[Prompt, str, str]]:
+    """Function row -> (prompt, chosen, rejected).  Raises InputError that names the columns found and wanted."""
+    columns = rows.column_names
+    for prompt, chosen, rejected in PREFERENCE_COLUMNS:
+        if {prompt, chosen, rejected} <= set(columns):
+            _check_kind(rows, prompt, chosen, rejected)
+            return lambda row: (
+                _dialogue(row[prompt]),
+                _last_reply(row[chosen]),
+                _last_reply(row[rejected]),
+            )
+    if {"chosen", "rejected"} <= set(columns):
+        return _split_pair
+    raise _unknown_columns(columns, "prompt/chosen/rejected, question/response_j/response_k or chosen/rejected")
+
+
+def prompt_reader(rows: Dataset) -> Callable[[Row], Prompt]:
+    """Function row -> prompt: any dataset with prompts will do, SFT and preference data included."""
+    columns = rows.column_names
+    for column in PROMPT_COLUMNS:
+        if column not in columns:
+            continue
+        _check_kind(rows, column, text=column != "messages")
+        if column == "messages":
+            return lambda row: _without_reply(row["messages"])
+        if column == "instruction":
+            return _instruction
+        return lambda row: _dialogue(row[column])
+    if {"chosen", "rejected"} <= set(columns):
+        return lambda row: _split_pair(row)[0]
+    raise _unknown_columns(columns, ", ".join(PROMPT_COLUMNS) + " or chosen/rejected")
+
+
+def _check_kind(rows: Dataset, *columns: str, text: bool = True) -> None:
+    """Raise InputError when a column holds numbers where text is wanted (a .csv does so), or no turns where they are."""
+    for column in columns:
+        kind = rows.features[column]
+        if not isinstance(kind, Value) or (text and kind.dtype in ("string", "large_string", "string_view", "null")):
+            continue  # turns will do for a reply too
+        wanted = "text" if text else "turns with role and content"
+        raise InputError(f"the column {column} of the dataset holds {kind.dtype}, wanted {wanted}; convert it")
+
+
+def _unknown_columns(found: Sequence[str], wanted: str) -> InputError:
+    return InputError(f"no known columns in the dataset: found {', '.join(found)}; wanted {wanted}; rename yours")
+
+
+def _instruction(row: Row) -> str:
+    extra = row.get("input")
+    return f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
+
+
+def _split_messages(messages: list[Message]) -> tuple[Prompt, str]:
+    """Dialogue that ends with the assistant's turn -> (the turns before it, its text)."""
+    if not messages or messages[-1]["role"] != "assistant":
+        return messages, ""  # no reply to learn from: counted as empty
+    return messages[:-1], messages[-1]["content"]
+
+
+def _without_reply(messages: list[Message]) -> Prompt:
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def _last_reply(reply: str | list[Message] | None) -> str | None:
+    return reply[-1]["content"] if isinstance(reply, list) and reply else reply
+
+
+def _split_pair(row: Row) -> tuple[Prompt, str, str]:
+    """Chosen and rejected that each hold the whole dialogue -> (prompt, chosen reply, rejected reply)."""
+    if isinstance(row["chosen"], list):
+        prompt, chosen = _split_messages(row["chosen"])
+        return prompt, chosen, _split_messages(row["rejected"])[1]
+    start, _, chosen = row["chosen"].rpartition(TRANSCRIPT_TURN)
+    return _dialogue(start + TRANSCRIPT_TURN), chosen.strip(), row["rejected"].rpartition(TRANSCRIPT_TURN)[2].strip()
+
+
+def _dialogue(prompt: Prompt) -> Prompt:
+    """A transcript "Human: ... Assistant: ... Assistant:" becomes turns; any other prompt stays as it is."""
+    if not isinstance(prompt, str):
+        return prompt
+    text = prompt.strip()
+    if not (text.startswith("Human:") and text.endswith("Assistant:")):
+        return prompt
+    turns = []
+    for human in text.removesuffix("Assistant:").split("\n\nHuman:"):
+        question, _, answer = human.removeprefix("Human:").partition(TRANSCRIPT_TURN)
+        turns.append({"role": "user", "content": question.strip()})
+        if answer:
+            turns.append({"role": "assistant", "content": answer.strip()})
+    return turns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token ids
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def format_prompt(prompt: Prompt, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text in front of the reply: `template` filled in, or the tokenizer's chat template where it is "chat".
+
+    In a dialogue each earlier turn is written in the same template, one blank line apart; a system message comes first.
+    """
+    if template == "chat":
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if isinstance(prompt, str):
+        return template.replace("{prompt}", prompt)
+    text = ""
+    for message in prompt:
+        if message["role"] == "user":
+            text += template.replace("{prompt}", message["content"])
+        else:
+            text += message["content"] + "\n\n"
+    return text
+
+
+def check_template(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError when the template is "chat" and the tokenizer has none."""
+    if template == "chat" and not tokenizer.chat_template:
+        raise InputError("--prompt_template is chat, but this tokenizer has no chat template; give one with {prompt}")
+
+
+def encode_prompt(prompt: Prompt, template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the formatted prompt, with the special tokens that the model expects in front and no EOS."""
+    text = format_prompt(prompt, template, tokenizer)
+    # a chat template writes its own special tokens into the text
+    ids = tokenizer(text, add_special_tokens=template != "chat")["input_ids"]
+    while ids and ids[-1] == tokenizer.eos_token_id and template != "chat":
+        ids = ids[:-1]
+    return ids
+
+
+def encode_reply(reply: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the reply alone, without EOS."""
+    return tokenizer(reply, add_special_tokens=False)["input_ids"]
+
+
+def tokenize_sft(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Columns input_ids and labels (-100 on the prompt) of every example with room for at least one reply token.
+
+    An example longer than `max_length` is cut in the reply, and then has no EOS: the model is not to learn that replies
+    end in the middle.  What was cut and dropped is printed.  Raises InputError when nothing is left.
+    """
+    read = sft_reader(rows)
+
+    def encode(row: Row) -> list[Row]:
+        examples = []
+        for prompt, reply in read(row):
+            if not prompt or not reply or not reply.strip():
+                examples.append({"status": "empty"})
+                continue
+            query = encode_prompt(prompt, template, tokenizer)
+            response = [*encode_reply(reply, tokenizer), tokenizer.eos_token_id]
+            room = max_length - len(query)
+            if room < 1:
+                examples.append({"status": "prompt too long"})
+                continue
+            labels = [-100] * len(query) + response[:room]
+            status = "kept" if len(response) <= room else "cut"
+            examples.append({"status": status, "input_ids": query + response[:room], "labels": labels})
+        return examples
+
+    return _map_and_count(rows, encode, ("kept", "cut"), ("input_ids", "labels"), "SFT examples")
+
+
+def tokenize_preferences(
+    rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_length: int, overlong: str
+) -> Dataset:
+    """Columns chosen_ids, rejected_ids (prompt + reply + EOS), query_length and length of every usable pair.
+
+    A pair in which either side is longer than `max_length` is dropped, or with overlong="cut" both of its replies are
+    cut to the same number of tokens and lose their EOS: a reply that was cut must not pass for a short or an unfinished
+    one beside a whole one.  Pairs that are equal or have no chosen reply are dropped.  All of it is counted and printed.
+    Raises InputError when nothing is left.
+    """
+    read = preference_reader(rows)
+
+    def encode(row: Row) -> list[Row]:
+        prompt, chosen, rejected = read(row)
+        if not prompt or not chosen or not chosen.strip() or rejected is None:
+            return [{"status": "empty"}]
+        if chosen == rejected:
+            return [{"status": "chosen equals rejected"}]
+        query = encode_prompt(prompt, template, tokenizer)
+        replies = [[*encode_reply(reply, tokenizer), tokenizer.eos_token_id] for reply in (chosen, rejected)]
+        room = max_length - len(query)
+        status = "kept"
+        if max(map(len, replies)) > room:
+            shared = min(room, *(len(reply) - 1 for reply in replies))
+            if overlong == "drop" or shared < 1:
+                return [{"status": "too long"}]
+            replies = [reply[:shared] for reply in replies]
+            if replies[0] == replies[1]:
+                return [{"status": "too long"}]
+            status = "cut"
+        ids = {name: query + reply for name, reply in zip(("chosen_ids", "rejected_ids"), replies, strict=True)}
+        length = len(query) + max(map(len, replies))  # for --train_sampling_strategy group_by_length
+        return [{"status": status, "query_length": len(query), "length": length, **ids}]
+
+    columns = ("chosen_ids", "rejected_ids", "query_length", "length")
+    return _map_and_count(rows, encode, ("kept", "cut"), columns, "preference pairs")
+
+
+def tokenize_prompts(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_query: int) -> Dataset:
+    """Columns input_ids (the query) and prompt (its text) of every distinct prompt of at most `max_query` tokens."""
+    read = prompt_reader(rows)
+    seen = set()
+
+    def encode(row: Row) -> list[Row]:
+        prompt = read(row)
+        if not prompt:
+            return [{"status": "empty"}]
+        query = encode_prompt(prompt, template, tokenizer)
+        if len(query) > max_query:
+            return [{"status": "too long"}]
+        if tuple(query) in seen:  # preference data repeats its prompts, once a pair
+            return [{"status": "repeated"}]
+        seen.add(tuple(query))
+        text = prompt if isinstance(prompt, str) else format_prompt(prompt, template, tokenizer)
+        return [{"status": "kept", "input_ids": query, "prompt": text}]
+
+    return _map_and_count(rows, encode, ("kept",), ("input_ids", "prompt"), "prompts")
+
+
+def _map_and_count(
+    rows: Dataset, encode: Callable[[Row], list[Row]], keep: tuple[str, ...], columns: tuple[str, ...], what: str
+) -> Dataset:
+    """Run `encode` over the rows, keep the examples whose status is in `keep`, and print how many went where."""
+    counts: Counter[str] = Counter()
+
+    def examples() -> Any:
+        for row in tqdm(rows, desc=f"tokenizing {what}", disable=not is_main_process(), mininterval=1):
+            for example in encode(row):
+                counts[example["status"]] += 1
+                if example["status"] in keep:
+                    yield {column: example[column] for column in columns}
+
+    kept = list(examples())
+    if not kept:
+        raise InputError(f"none of {len(rows)} rows is usable: {dict(counts)}; check the data and --max_length")
+    say(f"{what}: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+    return Dataset.from_list(kept)
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ragged ids -> (ids int64 [B, L], attention mask int64 [B, L]), padded on the right to the longest one."""
+    length = max(map(len, sequences))
+    ids = torch.full((len(sequences), length), pad_id)
+    mask = torch.zeros((len(sequences), length), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, : len(sequence)] = 1
+    return ids, mask

@@ -1,0 +1,148 @@
+"""What a run leaves behind for people: run.json, metrics.jsonl and pictures."""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from utils.adapters import base_fingerprint
+from utils.arguments import ModelArguments
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
+CURVES = {  # metrics of stage 3 -> title of the picture
+    "score_mean": "score (reward model)",
+    "response_length": "reply length (tokens)",
+    "kl": "KL to the SFT model (nats a reply)",
+    "entropy": "entropy (nats a token)",
+    "value_loss": "value loss",
+    "clip_fraction": "share of clipped ratios",
+}
+
+
+def run_record(
+    stage: str,
+    base: PreTrainedModel,
+    model_args: ModelArguments,
+    training_args: TrainingArguments | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Content of run.json: what a later stage checks, and what somebody needs to repeat the run.
+
+    training_args: None where nothing is trained.
+    """
+    trained = {} if training_args is None else training_args.to_dict()
+    arguments = {key: value for key, value in trained.items() if "token" not in key or "id" in key}
+    return {
+        "stage": stage,
+        "base_model": model_args.model_name_or_path,
+        "base_fingerprint": base_fingerprint(base),
+        "prompt_template": model_args.prompt_template,
+        "seed": trained.get("seed"),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "arguments": {**asdict(model_args), **arguments},
+        **more,
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of this toolkit, None where it is not a git checkout (a downloaded archive)."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=os.path.dirname(__file__), capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def write_json(content: Any, *path: str) -> None:
+    """Write JSON that a person can read."""
+    with open(os.path.join(*path), "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, indent=2, default=str)
+        file.write("\n")
+
+
+def read_jsonl(path: str) -> list[dict[str, Any]]:
+    """All rows of a JSON-lines file."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def append_jsonl(rows: list[dict[str, Any]], *path: str) -> None:
+    """Add rows at the end of a JSON-lines file."""
+    with open(os.path.join(*path), "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def drop_rows_after(path: str, key: str, last: int) -> None:
+    """Forget the rows whose `key` is above `last`: a resumed run writes them again.
+
+    So is a last line without its end, which a process leaves behind that is killed while it writes.
+    """
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            rows = [json.loads(line) for line in file if line.endswith("\n")]
+        with open(path + ".new", "w", encoding="utf-8") as file:  # a kill in here must not lose the old file
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row.get(key, 0) <= last)
+        os.replace(path + ".new", path)
+
+
+class RunFiles(TrainerCallback):
+    """Writes metrics.jsonl while the run goes on, and run.json beside each checkpoint, so that each can be used as it is.
+
+    key: what global_step is called in metrics.jsonl, "step" or "iteration".
+    """
+
+    def __init__(self, record: dict[str, Any], key: str = "step") -> None:
+        self.record = record
+        self.key = key
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            os.makedirs(args.output_dir, exist_ok=True)
+            write_json(self.record, args.output_dir, "run.json")
+            for file in ("metrics.jsonl", "samples.jsonl"):
+                drop_rows_after(os.path.join(args.output_dir, file), self.key, state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            append_jsonl([{self.key: state.global_step, **logs}], args.output_dir, "metrics.jsonl")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_json(self.record, args.output_dir, f"checkpoint-{state.global_step}", "run.json")
+
+
+def draw_curves(folder: str) -> None:
+    """Draw folder/metrics.jsonl of stage 3 as folder/plots/*.png, one picture a metric, over iterations."""
+    import matplotlib  # a second of import time that --help should not pay
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in read_jsonl(os.path.join(folder, "metrics.jsonl")) if "score_mean" in row]
+    os.makedirs(os.path.join(folder, "plots"), exist_ok=True)
+    for metric, title in CURVES.items():
+        figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+        axes.plot([row["iteration"] for row in rows], [row[metric] for row in rows], linewidth=1.8)
+        if metric == "score_mean":
+            low = [row["score_mean"] - row["score_std"] for row in rows]
+            high = [row["score_mean"] + row["score_std"] for row in rows]
+            axes.fill_between([row["iteration"] for row in rows], low, high, alpha=0.15, label="one standard deviation")
+            axes.legend(frameon=False)
+        axes.set(xlabel="iteration", title=title)
+        axes.grid(alpha=0.3)
+        figure.tight_layout()
+        figure.savefig(os.path.join(folder, "plots", f"{metric}.png"))
+        pyplot.close(figure)
