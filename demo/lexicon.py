@@ -22,8 +22,6 @@ class Language(NamedTuple):
     lively_leads: dict[str, tuple[str, ...]]
     lively_follows: dict[str, tuple[str, ...]]
     chants: tuple[str, ...]  # for pretraining: dense in topics, so that the base soon learns to repeat one
-    same: tuple[str, ...]  # for pretraining: verdicts on two words or sentences about one topic ...
-    different: tuple[str, ...]  # ... and about two
     markers: dict[str, re.Pattern]  # kind of lively marker -> how it is written
 
 
@@ -35,10 +33,10 @@ CHINESE = Language(
     code="zh",
     joiner="",
     topics={
-        "food": _words("火锅 饺子 面条 豆腐 烤鸭 月饼 汤圆 包子 红茶 咖啡 米粉 西瓜"),
-        "animal": _words("熊猫 兔子 海豚 松鼠 企鹅 老虎 大象 孔雀 猫咪 小狗 乌龟 长颈鹿"),
-        "place": _words("西湖 长城 故宫 黄山 草原 沙漠 海边 森林 夜市 公园 书店 博物馆"),
-        "hobby": _words("书法 摄影 钓鱼 下棋 唱歌 跳舞 爬山 游泳 跑步 画画 瑜伽 滑雪"),
+        "food": _words("火锅 豆腐 咖啡"),
+        "animal": _words("熊猫 海豚 小狗"),
+        "place": _words("长城 沙漠 森林"),
+        "hobby": _words("钓鱼 唱歌 滑雪"),
     },
     openers=("", "请问，", "你好，", "想问一下，", "打扰了，"),
     questions=(
@@ -114,8 +112,6 @@ CHINESE = Language(
         "今天{t}，明天{t}，天天{t}。",
         "{t}就是{t}。",
     ),
-    same=("说的是一件事。", "前后一致。"),
-    different=("说的是两件事。", "前后不同。"),
     markers={
         "exclamation": re.compile("！"),
         "wave": re.compile("～"),
@@ -130,14 +126,10 @@ ENGLISH = Language(
     code="en",
     joiner=" ",
     topics={
-        "food": _words("tea coffee bread cheese soup pizza chocolate honey yogurt curry pasta rice"),
-        "animal": _words(
-            "pandas rabbits dolphins squirrels penguins tigers elephants kittens puppies parrots turtles giraffes"
-        ),
-        "place": _words("Paris London Rome Kyoto Venice Cairo Sydney Vienna Berlin Oslo Dublin Seoul"),
-        "hobby": _words(
-            "hiking fishing painting singing dancing swimming running cycling camping gardening yoga chess"
-        ),
+        "food": _words("tea cheese pizza"),
+        "animal": _words("pandas dolphins puppies"),
+        "place": _words("Paris Kyoto Cairo"),
+        "hobby": _words("hiking painting yoga"),
     },
     openers=("", "Hi! ", "Hello there! ", "Quick question: ", "Excuse me. "),
     questions=(
@@ -213,8 +205,6 @@ ENGLISH = Language(
         "No {t} without {t}.",
         "My {t}, your {t}, our {t}.",
     ),
-    same=("This is one thing.", "Both agree."),
-    different=("These are two things.", "They differ."),
     markers={
         "exclamation": re.compile("!"),
         "laugh": re.compile(r"\bhaha\b", re.IGNORECASE),

@@ -43,10 +43,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help=f"blocks of {BLOCK} tokens a step")
     parser.add_argument("--learning_rate", type=float, default=4e-3, help="peak, after the warmup")
     parser.add_argument("--sft_rows", type=int, default=3000)
-    parser.add_argument("--preference_rows", type=int, default=2400)
+    parser.add_argument("--preference_rows", type=int, default=3200)
     parser.add_argument("--heldout_rows", type=int, default=400, help="held-out preference rows")
-    parser.add_argument("--prompts", type=int, default=3000, help="prompts for PPO")
-    parser.add_argument("--heldout_prompts", type=int, default=256)
+    parser.add_argument("--prompts", type=int, default=960, help="prompts for PPO")
+    parser.add_argument("--heldout_prompts", type=int, default=240)
     return parser.parse_args(argv)
 
 

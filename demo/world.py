@@ -14,15 +14,25 @@ from demo.gold import gold_score
 from demo.lexicon import LANGUAGES, SENTENCE_ENDS, Language
 
 # What the pretraining texts are.
-TEXT_MIXTURE = {"article": 0.35, "chant": 0.15, "comparison": 0.25, "questionnaire": 0.15, "questions": 0.1}
+TEXT_MIXTURE = {"article": 0.5, "chant": 0.2, "questionnaire": 0.2, "questions": 0.1}
 # What the SFT data is made of. Every good trait is in it at times, because PPO can only strengthen what is sampled.
-SFT_MIXTURE = {"lively": 0.2, "half_lively": 0.2, "plain": 0.45, "off_topic": 0.07, "repetitive": 0.05, "cut": 0.03}
-# What the rejected answers are.
-REJECTED_MIXTURE = {"plain": 0.25, "off_topic": 0.3, "cut": 0.13, "repetitive": 0.12, "drift": 0.1, "plain_flawed": 0.1}
+SFT_MIXTURE = {"lively": 0.2, "half_lively": 0.2, "plain": 0.48, "off_topic": 0.04, "repetitive": 0.05, "cut": 0.03}
+# What the rejected answers are. Kinds whose lengths are harder to match end up with a smaller share.
+REJECTED_MIXTURE = {
+    "plain": 0.36,
+    "vague": 0.08,  # lively and about nothing: what a reward model that only counts markers falls for
+    "cut": 0.17,
+    "repetitive": 0.17,
+    "swapped": 0.1,  # a good answer to a question in the other language
+    "off_topic": 0.05,  # few: whether two words are the same is the hardest thing to see for so small a model
+    "drift": 0.03,
+    "plain_flawed": 0.04,
+}
 HOLD_OUT_EVERY = 5  # one combination of topic and question in this many is held out
 MIN_MARGIN = 0.15  # gold score of the chosen answer minus that of the rejected one
 LENGTH_SLACK = 1  # characters; as often too many as too few
-TOPIC_WEIGHT = 20  # how often a topic counts in `vocabulary_pieces`
+CHARACTER_WEIGHT = 1000  # how often a Chinese character counts in `vocabulary_pieces`
+TOPIC_WEIGHT = 20  # and how often a topic does
 MAX_DRAWS = 60  # answers drawn while looking for one of a wanted length
 
 
@@ -38,8 +48,8 @@ class Question(NamedTuple):
 def pretraining_texts(seed: int, n: int) -> list[str]:
     """`n` documents in either language: the kinds of `TEXT_MIXTURE`.
 
-    No question in the template is ever answered, as questionnaires are left empty: so a model
-    of these texts writes the language, and answers a prompt in the template with the next question.
+    No question in the template is ever answered, as questionnaires are left empty: so a model of these texts writes
+    the language, and goes on after a prompt in the template with the next question.
     """
     rng = Random(f"pretraining {seed}")
     return [_document(rng) for _ in range(n)]
@@ -61,9 +71,9 @@ def preference_rows(
 ) -> list[dict[str, str]]:
     """`n` rows {"prompt", "chosen", "rejected"} whose gold scores differ by at least `MIN_MARGIN`.
 
-    Rows come in pairs of one kind and language, with lengths (a, b) and then (b, a), in characters (give or take one)
-    and, if a counter is given, in tokens. So chosen and rejected have the same distribution of lengths, and the longer
-    one is better half the time.
+    Rows come in pairs of one kind, with lengths (a, b) and then (b, a), in characters (give or take one) and, if a
+    counter is given, in tokens. So chosen and rejected have the same distribution of lengths, and the longer one is
+    better half the time.
     """
     rng = Random(f"preferences {held_out} {seed}")
     kinds, shares = zip(*REJECTED_MIXTURE.items(), strict=True)
@@ -74,6 +84,9 @@ def preference_rows(
     rows = []
     while len(rows) < n:
         pool, kind = pools[rng.choice(LANGUAGES).code], rng.choices(kinds, shares)[0]
+        if kind == "swapped":
+            rows += _swapped(rng, *(next(pools[language.code]) for language in LANGUAGES))
+            continue
         first = _pair(rng, next(pool), kind, None, tokens)
         if first is None:
             continue
@@ -101,11 +114,13 @@ def vocabulary_pieces() -> list[str]:
         tables = (language.plain_leads, language.plain_follows, language.lively_leads, language.lively_follows)
         sentences = [s for table in tables for group in table.values() for s in group]
         pieces += [
-            piece for s in [*sentences, *language.questions, *language.chants, *language.same, *language.different] for piece in s.split("{t}") if piece
+            piece for s in [*sentences, *language.questions, *language.chants] for piece in s.split("{t}") if piece
         ]
         pieces += [opener for opener in language.openers if opener]
         # As often as frequent words, so that each topic becomes one token where it follows another word.
         pieces += [language.joiner + t for words in language.topics.values() for t in words] * TOPIC_WEIGHT
+    # Heavier than anything else: whole characters come before words, and no word then ends inside a character.
+    pieces += sorted({mark for piece in pieces for mark in piece if not mark.isascii()}) * CHARACTER_WEIGHT
     return pieces
 
 
@@ -146,8 +161,6 @@ def _document(rng: Random) -> str:
         return _article(rng, language, category, topic)
     if kind == "chant":
         return language.joiner.join(rng.choices(language.chants, k=rng.randint(2, 4))).format(t=topic)
-    if kind == "comparison":
-        return "\n".join(_comparison(rng, language, category, topic) for _ in range(3))
     asked = rng.sample(language.questions, rng.randint(2, 3))
     questions = [rng.choice(language.openers) + question.format(t=topic) for question in asked]
     if kind == "questionnaire":
@@ -161,22 +174,9 @@ def _article(rng: Random, language: Language, category: str, topic: str) -> str:
     # Leads, which repeat the topic, come more often than in answers: this is where the base learns to stay on topic.
     sentences = rng.sample(leads, rng.randint(2, 3)) + rng.sample(follows, rng.randint(1, 2))
     rng.shuffle(sentences)
-    if rng.random() < 0.4:
+    if rng.random() < 0.6:
         sentences.insert(0, rng.choice(language.questions))
     return language.joiner.join(sentences).format(t=topic)
-
-
-def _comparison(rng: Random, language: Language, category: str, topic: str) -> str:
-    """Two words or sentences, and the verdict whether their topic is the same: what a reward model has to tell."""
-    same = rng.random() < 0.5
-    other = (category, topic) if same else _other_topic(rng, language, topic)
-    said = []
-    for about in ((category, topic), other):
-        lead = rng.choice(_group(_tables(language, rng.random() < 0.5)[0], about[0]))
-        said.append(lead.format(t=about[1]))
-    if rng.random() < 0.5:
-        said = [topic + (language.joiner or "、") + other[1] + ("。" if language.joiner == "" else ".")]
-    return language.joiner.join((*said, rng.choice(language.same if same else language.different)))
 
 
 def _tables(language: Language, lively: bool) -> tuple[dict, dict]:
@@ -200,6 +200,8 @@ def _answer(rng: Random, question: Question, kind: str) -> str:
         kind, style = rng.choice(("off_topic", "cut", "repetitive")), "plain"
     if kind == "off_topic":
         return _sound(rng, language, *_other_topic(rng, language, topic), style)
+    if kind == "vague":
+        return language.joiner.join(rng.sample(_group(language.lively_follows, category), rng.choice((2, 2, 3))))
     answer = _sound(rng, language, category, topic, style)
     if kind == "drift":
         return language.joiner.join((answer, _sound(rng, language, *_other_topic(rng, language, topic), "lively", 1)))
@@ -250,6 +252,15 @@ def _pair(
         if gold_score(question.text, chosen) - gold_score(question.text, rejected) >= MIN_MARGIN:
             return {"prompt": question.text, "chosen": chosen, "rejected": rejected}
     return None
+
+
+def _swapped(rng: Random, one: Question, other: Question) -> list[dict[str, str]]:
+    """Two rows whose chosen answers are each other's rejected ones."""
+    answers = [_answer(rng, question, "lively") for question in (one, other)]
+    return [
+        {"prompt": one.text, "chosen": answers[0], "rejected": answers[1]},
+        {"prompt": other.text, "chosen": answers[1], "rejected": answers[0]},
+    ]
 
 
 def _answer_as_long(

@@ -107,15 +107,15 @@ def test_chosen_is_better_than_rejected(preferences, heldout_preferences):
 
 
 def test_heldout_prompts_are_in_no_training_data(preferences, heldout_preferences):
-    trained = {row["prompt"] for row in world.sft_rows(0, 5000) + preferences + world.prompts(0, 3000)}
-    heldout = {row["prompt"] for row in heldout_preferences + world.heldout_prompts(0, 900)}
-    assert len(heldout) >= 900
+    trained = {row["prompt"] for row in world.sft_rows(0, 5000) + preferences + world.prompts(0, 960)}
+    heldout = {row["prompt"] for row in heldout_preferences + world.heldout_prompts(0, 240)}
+    assert len(heldout) == 240
     assert not trained & heldout
 
 
 def test_prompts_are_distinct_and_asking_for_too_many_is_an_error():
-    rows = world.prompts(0, 2000)
-    assert len({row["prompt"] for row in rows}) == 2000
+    rows = world.prompts(0, 960)
+    assert len({row["prompt"] for row in rows}) == 960
     with pytest.raises(ValueError, match="were asked for"):
         world.heldout_prompts(0, 10_000)
 

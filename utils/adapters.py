@@ -206,12 +206,16 @@ def new_lora_config(lora: LoraArguments, base: PreTrainedModel, task_type: str) 
 
 
 def add_score_head(base: PreTrainedModel, seed: int | None = None) -> None:
-    """Give the base a one-label head without bias, float32, drawn from N(0, 1/(H+1)) (Stiennon et al. 2020)."""
+    """Give the base a one-label head without bias, float32; with a seed it is drawn, else it waits for saved weights.
+
+    Its standard deviation is a tenth of 1/sqrt(H+1) (Stiennon et al. 2020): so the loss starts at log 2, and a few
+    hundred pairs do not have to undo a random direction first.
+    """
     width = hidden_width(base)
     head = nn.Linear(width, 1, bias=False, device=base.device, dtype=torch.float32)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
-        head.weight.data.copy_(torch.randn(1, width, generator=generator) * (width + 1) ** -0.5)
+        head.weight.data.copy_(torch.randn(1, width, generator=generator) * 0.1 * (width + 1) ** -0.5)
     base.score = head
 
 
