@@ -39,6 +39,7 @@ from utils.arguments import (
     ModelArguments,
     check_output_dir,
     choose_precision,
+    default_autocast,
     parse_arguments,
     resume_path,
     run_script,
@@ -85,9 +86,14 @@ class RewardArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of metrics.jsonl."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
     eval_steps: float | None = field(default=200, metadata={"help": "Steps between two evaluations."})
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; by default on a GPU that has it."})
     center_rewards_coefficient: float = field(
         default=0.01, metadata={"help": "Weight of mean((chosen + rejected)^2), which keeps the scores around 0."}
     )
+
+    def __post_init__(self) -> None:
+        default_autocast(self)
+        super().__post_init__()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ from utils.arguments import (
     ModelArguments,
     check_output_dir,
     choose_precision,
+    default_autocast,
     parse_arguments,
     resume_path,
     run_script,
@@ -94,6 +95,7 @@ class PPOArguments(TrainingArguments):
     )
     ppo_epochs: int = field(default=4, metadata={"help": "Passes over each batch of replies."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of policy and value head."})
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; by default on a GPU that has it."})
     adafactor: bool = field(default=False, metadata={"help": "Adafactor instead of AdamW: less optimizer memory."})
     logging_steps: float = field(default=1, metadata={"help": "Has no effect: every iteration is logged."})
     log_with: str | None = field(default=None, metadata={"help": "wandb, tensorboard ...: the same as --report_to."})
@@ -179,6 +181,7 @@ class PPOArguments(TrainingArguments):
         self.max_steps, self.save_steps = self.steps, self.save_freq
         self.remove_unused_columns, self.dataloader_drop_last = False, True
         self.label_names = []
+        default_autocast(self)
         super().__post_init__()
 
 

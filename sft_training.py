@@ -20,6 +20,7 @@ from utils.arguments import (
     ModelArguments,
     check_output_dir,
     choose_precision,
+    default_autocast,
     parse_arguments,
     resume_path,
     run_script,
@@ -39,10 +40,14 @@ class SFTArguments(SFTConfig):
     output_dir: str | None = field(default="output/sft", metadata={"help": "Folder for everything that is written."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     trust_remote_code: bool = field(default=False, init=False)  # ModelArguments has it, and the base is loaded here
-    bf16: bool | None = field(default=False, metadata={"help": "Follows --dtype."})
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; by default on a GPU that has it."})
     activation_checkpointing: bool | None = field(
         default=False, metadata={"help": "Compute activations again in the backward pass: less memory, a third slower."}
     )
+
+    def __post_init__(self) -> None:
+        default_autocast(self)
+        super().__post_init__()
 
 
 def main() -> None:

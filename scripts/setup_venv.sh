@@ -13,10 +13,10 @@ _stop() {
 if ! "$_toolkit/.venv/bin/python" -c "" 2> /dev/null; then
   _python=${PYTHON:-python3}
   _version=$("$_python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null) \
-    || _stop "cannot run $_python; install Python 3.10 to 3.13, or name one as PYTHON=/path/to/python3.12"
+    || _stop "cannot run $_python; install Python 3.11 to 3.13, or name one as PYTHON=/path/to/python3.12"
   case $_version in
-    3.10 | 3.11 | 3.12 | 3.13) ;;
-    *) _stop "$_python is Python $_version; name one of 3.10 to 3.13, as PYTHON=/path/to/python3.12" ;;
+    3.11 | 3.12 | 3.13) ;;
+    *) _stop "$_python is Python $_version; name one of 3.11 to 3.13, as PYTHON=/path/to/python3.12" ;;
   esac
   "$_python" -m venv --clear "$_toolkit/.venv" > /dev/null \
     || _stop "$_python cannot make $_toolkit/.venv; on Debian and Ubuntu: apt install python$_version-venv"

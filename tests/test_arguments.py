@@ -4,6 +4,7 @@ import ast
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from transformers import TrainingArguments
 import reward_modeling
 import rl_training
 import sft_training
+from reward_modeling import RewardArguments
 from rl_training import PPOArguments
+from sft_training import SFTArguments
 from tests.conftest import make_model
 from utils.adapters import resolve_target_modules
 from utils.arguments import (
@@ -21,6 +24,7 @@ from utils.arguments import (
     LoraArguments,
     ModelArguments,
     choose_precision,
+    default_autocast,
     parse_arguments,
 )
 
@@ -217,22 +221,46 @@ def test_unknown_target_modules_list_the_layers_there_are(llama, names):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "has_bf16", "wanted"),
+    ("given", "fp16", "use_cpu", "gpu_has_it", "wanted"),
     [
-        ("auto", "cpu", True, torch.float32),  # bfloat16 on a CPU is three times slower
+        (None, False, False, True, True),
+        (None, False, False, False, False),
+        (None, True, False, True, False),
+        (None, False, True, True, False),
+        (False, False, False, True, False),
+        (True, False, False, False, True),
+    ],
+)
+def test_autocast_default(monkeypatch, given, fp16, use_cpu, gpu_has_it, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: gpu_has_it)
+    args = SimpleNamespace(bf16=given, fp16=fp16, use_cpu=use_cpu)
+    default_autocast(args)
+    assert args.bf16 is wanted
+
+
+def test_autocast_reaches_accelerate(tmp_path):
+    """bf16 was once switched on after TrainingArguments had copied it: accelerate read "no" and autocast was never on."""
+    for kind in (SFTArguments, RewardArguments, PPOArguments):
+        assert kind(output_dir=str(tmp_path), use_cpu=True, bf16=True).mixed_precision == "bf16"
+        assert kind(output_dir=str(tmp_path), use_cpu=True).mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "bf16", "wanted"),
+    [
+        ("auto", "cpu", False, torch.float32),
+        ("auto", "cpu", True, torch.float32),
         ("auto", "cuda", True, torch.bfloat16),
         ("auto", "cuda", False, torch.float32),
         ("float32", "cuda", True, torch.float32),
+        ("float16", "cuda", False, torch.float16),
         ("bfloat16", "cpu", False, torch.bfloat16),
-        ("float16", "cpu", False, torch.float16),
     ],
 )
-def test_precision(tmp_path, monkeypatch, dtype, device, has_bf16, wanted):
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    monkeypatch.setattr(TrainingArguments, "device", torch.device(device))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+def test_type_of_the_base(dtype, device, bf16, wanted):
+    args = SimpleNamespace(device=torch.device(device), bf16=bf16)
     assert choose_precision(ModelArguments(model_name_or_path="m", dtype=dtype), args) is wanted
-    assert args.bf16 is (wanted is torch.bfloat16)
     assert args.dataloader_pin_memory is (device == "cuda")
 
 

@@ -59,7 +59,7 @@ class ModelArguments:
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Type of the base weights: auto (bfloat16 on a GPU that has it, else float32), or one of these.",
+            "help": "Type of the base weights: auto (bfloat16 where --bf16 is on on a GPU, else float32), or one of these.",
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
@@ -198,19 +198,26 @@ def parse_arguments(
     return tuple(parsed)
 
 
-def choose_precision(model_args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
-    """Type of the frozen base weights, as torch.dtype; switches bfloat16 autocast on where the base is bfloat16.
+def default_autocast(training_args: TrainingArguments) -> None:
+    """Decide bf16 where the user did not: on a GPU that has it, unless fp16 was asked for.
 
-    The adapters and heads stay float32: small updates vanish in bfloat16.  On a CPU the answer of `auto` is float32,
-    which is about three times faster there.
+    Has to run before TrainingArguments.__post_init__, which copies the answer to where accelerate reads it.
     """
-    name = model_args.dtype
-    if name == "auto":
-        on_gpu = training_args.device.type == "cuda"
-        name = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
-    training_args.dataloader_pin_memory = training_args.device.type == "cuda"  # elsewhere it only warns
-    training_args.bf16 = name == "bfloat16" and not training_args.fp16
-    return getattr(torch, name)
+    if training_args.bf16 is None:
+        on_gpu = torch.cuda.is_available() and not training_args.use_cpu
+        training_args.bf16 = on_gpu and not training_args.fp16 and torch.cuda.is_bf16_supported()
+
+
+def choose_precision(model_args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
+    """Type of the frozen base weights, as torch.dtype; `auto` is bfloat16 under bfloat16 autocast on a GPU, else float32.
+
+    The adapters and heads stay float32: small updates vanish in bfloat16.  On a CPU bfloat16 is about three times slower.
+    """
+    on_gpu = training_args.device.type == "cuda"
+    training_args.dataloader_pin_memory = on_gpu  # elsewhere it only warns
+    if model_args.dtype != "auto":
+        return getattr(torch, model_args.dtype)
+    return torch.bfloat16 if on_gpu and training_args.bf16 else torch.float32
 
 
 def check_new_folder(folder: str, advice: str = "") -> None:
