@@ -53,6 +53,7 @@ from utils.arguments import (
     DataArguments,
     InputError,
     ModelArguments,
+    check_evaluation,
     check_output_dir,
     choose_precision,
     default_autocast,
@@ -593,6 +594,7 @@ def main() -> None:
             f"{training_args.output_max_length}; raise the first or lower the second"
         )
     train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_PREFERENCES)
+    check_evaluation(training_args, eval_rows is not None)
     train_dataset = number_rows(tokenize_prompts(train_rows, template, tokenizer, longest))
     eval_dataset = eval_rows and number_rows(tokenize_prompts(eval_rows, template, tokenizer, longest))
     if len(train_dataset) < training_args.batch_size * training_args.world_size:

@@ -18,6 +18,7 @@ from utils.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
+    check_evaluation,
     check_output_dir,
     choose_precision,
     default_autocast,
@@ -66,6 +67,7 @@ def main() -> None:
     template = model_args.prompt_template
     check_template(template, tokenizer)
     train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_DATASET)
+    check_evaluation(training_args, eval_rows is not None)
     train_dataset = tokenize_sft(train_rows, template, tokenizer, training_args.max_length)
     eval_dataset = eval_rows and tokenize_sft(eval_rows, template, tokenizer, training_args.max_length)
 

@@ -115,6 +115,18 @@ CASES = [  # name, script, changes, message (paths and regular expression)
     ("no such eval file", "sft", {"eval_dataset": "no/such.csv"}, r"there is no file or folder no/such.csv"),
     ("nothing held out", "reward", {"eval_fraction": "0"}, r"needs held-out pairs; give --eval_dataset"),
     ("share above 1", "reward", {"eval_fraction": "10"}, r"--eval_fraction is 10.0; give a share"),
+    (
+        "nothing to evaluate, SFT",
+        "sft",
+        {"eval_strategy": "epoch"},
+        r"--eval_strategy and --eval_on_start need held-out",
+    ),
+    (
+        "nothing to evaluate, PPO",
+        "ppo",
+        {"eval_on_start": "True"},
+        r"--eval_strategy and --eval_on_start need held-out",
+    ),
     ("no pairs", "reward", {"train_subset": "0"}, r"--train_subset is 0"),
     ("all too long", "sft", {"max_length": "3"}, r"none of 12 rows is usable: .*'prompt too long': 12"),
     ("template without prompt", "sft", {"prompt_template": "Q: A:"}, r"needs {prompt} in it once, found 'Q: A:'"),

@@ -220,6 +220,14 @@ def choose_precision(model_args: ModelArguments, training_args: TrainingArgument
     return torch.bfloat16 if on_gpu and training_args.bf16 else torch.float32
 
 
+def check_evaluation(training_args: TrainingArguments, has_rows: bool) -> None:
+    """Refuse a run that is to evaluate and has nothing held out.  Raises InputError."""
+    if (training_args.eval_strategy != "no" or training_args.eval_on_start) and not has_rows:
+        raise InputError(
+            "--eval_strategy and --eval_on_start need held-out rows; give --eval_dataset or an --eval_fraction above 0"
+        )
+
+
 def check_new_folder(folder: str, advice: str = "") -> None:
     """Refuse an output folder that already holds something.  Raises InputError, which ends in `advice`."""
     if os.path.isdir(folder) and os.listdir(folder):
