@@ -136,6 +136,8 @@ def test_run_json_says_how_to_repeat_the_run(runs, stage):
     assert not [key for key in run["arguments"] if key.endswith("_token")]  # no secrets of the hub
     if stage == "ppo":
         assert (run["arguments"]["steps"], run["arguments"]["batch_size"]) == (STEPS, BATCH)
+        # an earlier filter for access tokens swallowed every argument with "token" in its name
+        assert run["arguments"]["begin_suppress_tokens"] == "eos"
         assert json.loads((runs / "ppo/checkpoint-2/run.json").read_text(encoding="utf-8")) == run
     else:
         assert run["lora"]["lora_r"] == 16

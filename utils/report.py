@@ -36,7 +36,7 @@ def run_record(
     training_args: None where nothing is trained.
     """
     trained = {} if training_args is None else training_args.to_dict()
-    arguments = {key: value for key, value in trained.items() if "token" not in key or "id" in key}
+    trained = {name: value for name, value in trained.items() if not name.endswith("_token")}  # access to the hub
     return {
         "stage": stage,
         "base_model": model_args.model_name_or_path,
@@ -46,7 +46,7 @@ def run_record(
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in LIBRARIES},
-        "arguments": {**asdict(model_args), **arguments},
+        "arguments": {**asdict(model_args), **trained},
         **more,
     }
 
