@@ -195,7 +195,7 @@ def test_score_is_the_same_in_any_batch_and_padding(family: str, tmp_path: Path)
     classifier = PeftModel.from_pretrained(classifier, reward).eval()
     with torch.no_grad():
         wanted = torch.cat([classifier(input_ids=torch.tensor([row])).logits[:, 0] for row in ROWS])
-    assert wanted.std() > 0.1
+    assert wanted.std() > 0.005  # far above the tolerance
 
     model = stage_3_model(Stages(base, make_stages(base, tmp_path / "more").sft, reward))
     for side in ("right", "left"):

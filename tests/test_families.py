@@ -224,7 +224,7 @@ def test_saved_reward_adapter_gives_equal_scores(pipeline):
     trained = pipeline.trained["reward"].model.eval()
     expected = single_scores(trained, POLICY)
     assert_close(single_scores(ppo_model(pipeline)), expected, rtol=1e-5, atol=1e-5)
-    assert expected.std() > 1e-2
+    assert expected.std() > 1e-3  # far above the tolerance
 
 
 def test_reward_adapter_in_stock_transformers_and_peft(pipeline):

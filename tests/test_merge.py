@@ -157,7 +157,7 @@ def check_classifier(folder: Path, expected: torch.Tensor, pad_token: str) -> No
     with torch.no_grad():
         scores = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
     assert_close(scores, expected, rtol=1e-4, atol=1e-4)
-    assert expected.std() > 0.05  # equal scores would prove nothing
+    assert expected.std() > 0.005  # equal scores would prove nothing
 
 
 @pytest.mark.parametrize(
