@@ -23,7 +23,7 @@ REJECTED_MIXTURE = {
     "vague": 0.08,  # lively and about nothing: what a reward model that only counts markers falls for
     "cut": 0.17,
     "repetitive": 0.17,
-    "swapped": 0.025,  # a good answer to a question in the other language; its lengths never fail to match
+    "swapped": 0.1,  # a good answer to a question in the other language
     "off_topic": 0.05,  # few: whether two words are the same is the hardest thing to see for so small a model
     "drift": 0.03,
     "plain_flawed": 0.04,
