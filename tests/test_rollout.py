@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,6 +26,7 @@ from tests.helpers import (
 )
 from utils import rollout
 from utils.adapters import REFERENCE, enable_jobs, use_adapter
+from utils.arguments import InputError
 from utils.rollout import Batch, ReplyStatistics, Sampling, make_batch, reply_job, sample_replies
 
 PAD, EOS = 0, 2
@@ -349,3 +351,27 @@ def test_adding_padding_columns_changes_nothing(stages: Stages, tmp_path: Path) 
         torch.testing.assert_close(ours.entropy[:, :-5], experience.entropy, rtol=1e-5, atol=1e-5)
         if with_values:
             torch.testing.assert_close(ours.values[:, :-5], experience.values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_known_families_pass_the_check(family: str) -> None:
+    base = make_model(family)
+    enable_jobs(base)
+    rollout.check_output_logits(get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")))
+
+
+def test_an_unknown_soft_cap_is_refused() -> None:
+    """At a tolerance of 1% a cap of 30 passed: it moves logits of size 5 by less, and every log-prob would be off."""
+    base = make_model("llama")
+    plain = base.forward
+
+    def capped(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+    base.forward = capped
+    enable_jobs(base)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    with pytest.raises(InputError, match="changes its logits"):
+        rollout.check_output_logits(model)
