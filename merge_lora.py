@@ -14,7 +14,6 @@ to read, the classifier and its tokenizer get a pad token of their own.
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field
 
 import torch
@@ -51,7 +50,7 @@ from utils.arguments import (
     say,
 )
 from utils.data import pad_right
-from utils.report import run_record, write_json
+from utils.report import folder_when_done, run_record, write_json
 
 # Texts on which the saved model is compared with base + adapter: of different lengths, so that a batch has padding.
 PROBES = (
@@ -246,17 +245,13 @@ def main() -> None:
         merged = to_classifier(merged, tokenizer, args.trust_remote_code)
 
     # ---- Save ----
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    # beside the target, to be on its disk; removed with all that is in it, whatever happens
-    with tempfile.TemporaryDirectory(prefix=".merge_", dir=os.path.dirname(target)) as temporary:
-        folder = os.path.join(temporary, "model")
+    with folder_when_done(target) as folder:
         save_model(merged, tokenizer, args, folder)
         del base, model, merged  # the saved model is loaded next: memory for one is enough
         difference = largest_difference(
             expected, saved_outputs(folder, args.as_classifier, args.trust_remote_code), dtype
         )
         write_json({**record, "largest_difference": difference}, folder, "run.json")
-        os.replace(folder, target)
     say(
         f"largest difference between base + adapter and the saved model: {difference:.1e} of the largest output "
         f"({dtype})\nmerged model: {args.output_dir}"

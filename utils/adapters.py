@@ -29,12 +29,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
 
-from utils.arguments import InputError, LoraArguments, ModelArguments, say
+from utils.arguments import InputError, LoraArguments, ModelArguments, one_line, say
 
 POLICY, REFERENCE, REWARD = "default", "reference", "reward"  # PEFT saves "default" at the root of a folder
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -54,15 +55,32 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     name = model_args.model_name_or_path
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):  # the hub's complaint is about its naming rules
         raise InputError(f"there is no folder {name}; check --model_name_or_path")
+    refuse_baichuan(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model_args.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load a tokenizer from {name}: {_one_line(error)}") from error
+        raise InputError(f"cannot load a tokenizer from {name}: {one_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no EOS token, so a reply could never end; set eos_token in it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def refuse_baichuan(name: str) -> None:
+    """Raise InputError for Baichuan's own layout, told by config.json alone.
+
+    Its remote code does not run on transformers 5, and asks on the terminal whether it may before it fails.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    except OSError:  # no such model: the loading that follows says what is wrong
+        return
+    if config.get("model_type") == "baichuan":
+        raise InputError(
+            f"{name} is a Baichuan model, whose own code does not run on this transformers; convert a download of it "
+            "once with `python scripts/convert_baichuan.py --model FOLDER --output NEW_FOLDER` and give NEW_FOLDER"
+        )
 
 
 def load_base(model_args: ModelArguments, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -72,11 +90,12 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype | str) -> PreTraine
     """
     name = model_args.model_name_or_path
     options = {"trust_remote_code": model_args.trust_remote_code}
+    refuse_baichuan(name)
     try:
         AutoConfig.from_pretrained(name, **options)  # a readable complaint before gigabytes are read
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load the base model {name}: {_one_line(error)}") from error
+        raise InputError(f"cannot load the base model {name}: {one_line(error)}") from error
     # A model's own generation defaults (Qwen's repetition_penalty, top_p ...) must not change what PPO samples.
     model.generation_config = GenerationConfig(
         bos_token_id=model.generation_config.bos_token_id, eos_token_id=model.generation_config.eos_token_id
@@ -263,7 +282,7 @@ def read_adapter(path: str | None, argument: str) -> SavedAdapter:
             with open(os.path.join(path, "run.json"), encoding="utf-8") as file:
                 run = json.load(file)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{argument} {path} cannot be read: {_one_line(error)}; is the file complete?") from error
+        raise InputError(f"{argument} {path} cannot be read: {one_line(error)}; is the file complete?") from error
     return SavedAdapter(path, config, keys, run)
 
 
@@ -304,7 +323,7 @@ def load_adapter(model: PeftModel, adapter: SavedAdapter, name: str) -> None:
     try:
         result = model.load_adapter(adapter.path, name, autocast_adapter_dtype=True)
     except (RuntimeError, ValueError) as error:  # shapes of another base; target modules that it does not have
-        raise InputError(f"the adapter {adapter.path} does not fit this base: {_one_line(error)}") from error
+        raise InputError(f"the adapter {adapter.path} does not fit this base: {one_line(error)}") from error
     _refuse_leftovers(result, adapter.path, name)
     model.set_requires_grad(name, requires_grad=False)
 
@@ -319,7 +338,7 @@ def attach_adapter(base: PreTrainedModel, adapter: SavedAdapter, config: LoraCon
     try:
         model = wrap(base, config, adapter_name=POLICY)
     except ValueError as error:  # target modules that this base does not have
-        raise InputError(f"the adapter {adapter.path} does not fit this base: {_one_line(error)}") from error
+        raise InputError(f"the adapter {adapter.path} does not fit this base: {one_line(error)}") from error
     load_weights(model, adapter.path, POLICY)
     return model
 
@@ -329,7 +348,7 @@ def load_weights(model: PeftModel, folder: str, name: str) -> None:
     try:
         result = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"), adapter_name=name)
     except RuntimeError as error:
-        raise InputError(f"the adapter {folder} does not fit this base: {_one_line(error)}") from error
+        raise InputError(f"the adapter {folder} does not fit this base: {one_line(error)}") from error
     _refuse_leftovers(result, folder, name)
 
 
@@ -401,7 +420,3 @@ def load_value_head(base: PreTrainedModel, folder: str) -> None:
     if not os.path.isfile(path):
         raise InputError(f"there is no {VALUE_HEAD_FILE} in {folder}; give a folder that rl_training.py wrote")
     base.v_head.load_state_dict(load_file(path))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

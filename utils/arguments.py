@@ -27,6 +27,11 @@ class InputError(Exception):
     """Something that the user gave is wrong.  The message says what is wrong, what was found and what to do."""
 
 
+def one_line(error: Exception) -> str:
+    """A library's message, which may run over many lines, as part of one of ours."""
+    return " ".join(str(error).split())[:300]
+
+
 def is_main_process() -> bool:
     """Whether this is the first process of the run: the one that prints and writes."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -228,12 +233,12 @@ def check_evaluation(training_args: TrainingArguments, has_rows: bool) -> None:
         )
 
 
-def check_new_folder(folder: str, advice: str = "") -> None:
+def check_new_folder(folder: str, advice: str = "", argument: str = "--output_dir") -> None:
     """Refuse an output folder that already holds something.  Raises InputError, which ends in `advice`."""
     if os.path.isdir(folder) and os.listdir(folder):
-        raise InputError(f"the output folder {folder} is not empty; give another --output_dir{advice}")
+        raise InputError(f"the output folder {folder} is not empty; give another {argument}{advice}")
     if os.path.exists(folder) and not os.path.isdir(folder):
-        raise InputError(f"the output folder {folder} is a file; give another --output_dir")
+        raise InputError(f"the output folder {folder} is a file; give another {argument}")
 
 
 def check_output_dir(training_args: TrainingArguments) -> None:

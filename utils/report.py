@@ -1,9 +1,12 @@
 """What a run leaves behind for people: run.json, metrics.jsonl and pictures."""
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -67,6 +70,22 @@ def write_json(content: Any, *path: str) -> None:
     with open(os.path.join(*path), "w", encoding="utf-8") as file:
         json.dump(content, file, ensure_ascii=False, indent=2, default=str)
         file.write("\n")
+
+
+@contextlib.contextmanager
+def folder_when_done(target: str) -> Iterator[str]:
+    """A folder to write into, which becomes `target` when the block ends well and disappears with all in it if not.
+
+    It lies beside `target`, to be on its disk; what already was an empty folder is replaced.
+    """
+    target = os.path.realpath(target)
+    parent = os.path.dirname(target)
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished_", dir=parent) as temporary:
+        folder = os.path.join(temporary, "folder")
+        os.mkdir(folder)
+        yield folder
+        os.replace(folder, target)
 
 
 def read_jsonl(path: str) -> list[dict[str, Any]]:
