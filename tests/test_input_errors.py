@@ -49,6 +49,9 @@ def paths(tmp_path_factory, base_path, data):
     PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer, pad_token="<pad>").save_pretrained(
         no_eos
     )
+    baichuan = folder / "baichuan"
+    baichuan.mkdir()
+    (baichuan / "config.json").write_text('{"model_type": "baichuan", "auto_map": {"AutoTokenizer": ["t.T", null]}}')
     tokenizer_only = folder / "tokenizer_only"
     make_tokenizer().save_pretrained(tokenizer_only)
     used = folder / "used"
@@ -96,6 +99,15 @@ CASES = [  # name, script, changes, message (paths and regular expression)
     ("no such model", "sft", {"model_name": "/no/such"}, r"there is no folder /no/such; check --model_name_or_path"),
     ("no such model on the hub", "sft", {"model_name": "no-such/model"}, r"cannot load a tokenizer from no-such/model"),
     ("no weights", "reward", {"model_name": "{tokenizer_only}"}, r"cannot load the base model {tokenizer_only}"),
+    *(
+        (
+            f"Baichuan, {script}",
+            script,
+            {"model_name": "{baichuan}"},
+            r"{baichuan} is a Baichuan model.*convert_baichuan",
+        )
+        for script in SCRIPTS
+    ),
     ("no EOS", "sft", {"model_name": "{no_eos}"}, r"the tokenizer of {no_eos} has no EOS token"),
     ("missing column, SFT", "sft", {"dataset": "{wrong_columns}"}, r"found text, label; wanted prompt/response, "),
     (

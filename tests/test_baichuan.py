@@ -1,0 +1,644 @@
+"""scripts/convert_baichuan.py: downloaded folders of both 7B generations become Llama folders with the same outputs.
+
+The original is written out in tests/baichuan.py with torch alone.  `Converted.logits` loads the result with plain
+transformers, as anybody would.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import reward_modeling
+import rl_training
+import sft_training
+from scripts import convert_baichuan
+from tests.baichuan import (
+    HIDDEN,
+    LAYERS,
+    make_config,
+    make_weights,
+    reference_logits,
+    train_sentencepiece,
+    write_baichuan,
+    write_shards,
+)
+from tests.test_article import PPO_COMMAND, REWARD_COMMAND, filled, start, warnings_of
+from utils.adapters import attach_adapter, load_base, load_tokenizer, read_adapter
+from utils.arguments import InputError, ModelArguments, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZERS = {1: ("nmt_nfkc", True), 2: ("identity", False)}
+
+
+def convert(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["convert_baichuan.py", *map(str, arguments)])
+    run_script(convert_baichuan.main)
+
+
+class Converted(NamedTuple):
+    generation: int
+    source: Path
+    folder: Path
+    weights: dict[str, Tensor]  # of the source
+
+    def load(self) -> LlamaForCausalLM:
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+
+    def expected(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return reference_logits(self.weights, ids, mask, self.generation)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files():
+    return {generation: train_sentencepiece(*kind) for generation, kind in TOKENIZERS.items()}
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def converted(request, tmp_path_factory, tokenizer_files):
+    """A tiny model of each generation, converted: the first from one .bin, the second from three .bin and an index."""
+    folder = tmp_path_factory.mktemp("baichuan")
+    content = tokenizer_files[request.param]
+    size = SentencePieceProcessor(model_proto=content).get_piece_size()
+    count = {1: 1, 2: 3}[request.param]
+    weights = write_baichuan(folder / "source", request.param, content, size, "bin", count)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        convert(monkeypatch, "--model", folder / "source", "--output", folder / "llama")
+    return Converted(request.param, folder / "source", folder / "llama", weights)
+
+
+def random_ids(rows, length, vocabulary, seed=0):
+    return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded_mask(side, lengths, width):
+    columns = torch.arange(width)
+    lengths = torch.tensor(lengths)[:, None]
+    return ((columns < lengths) if side == "right" else (columns >= width - lengths)).long()
+
+
+def relative_difference(expected, found):
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
+# ---- The same outputs ----
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_logits_with_padding(converted, side):
+    model = converted.load()
+    mask = padded_mask(side, [40, 23, 1], 40)
+    ids = random_ids(3, 40, model.config.vocab_size).where(mask.bool(), 0)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    real = mask.bool()
+    assert relative_difference(converted.expected(ids, mask)[real], found[real]) < 1e-5
+
+
+@torch.no_grad()
+def test_logits_of_1500_tokens(converted):
+    model = converted.load()
+    ids = random_ids(1, 1500, model.config.vocab_size)
+    mask = torch.ones_like(ids)
+    assert relative_difference(converted.expected(ids, mask), model(input_ids=ids).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_greedy_generation_with_a_cache(converted):
+    """The original has no working cache on transformers 5: the reference computes each token from all before it."""
+    model = converted.load()
+    model.generation_config.eos_token_id = None  # twenty tokens, whatever they are
+    mask = padded_mask("left", [12, 5], 12)
+    ids = random_ids(2, 12, model.config.vocab_size).where(mask.bool(), 0)
+    found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=20, do_sample=False, use_cache=True)
+    for _ in range(20):
+        last = converted.expected(ids, mask)[:, -1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, last], dim=1), torch.cat([mask, torch.ones_like(last)], dim=1)
+    assert found.tolist() == ids.tolist()
+
+
+@torch.no_grad()
+def test_the_reference_tells_the_mistakes_apart(converted):
+    """A head that is not normalised (or is, in the first generation), and q and k exchanged, are far above 1e-5."""
+    ids = random_ids(1, 40, len(converted.weights["lm_head.weight"]))
+    mask = torch.ones_like(ids)
+    found = converted.load()(input_ids=ids).logits
+    other_head = reference_logits(converted.weights, ids, mask, 3 - converted.generation)
+    assert relative_difference(other_head, found) > 0.1
+    q_rows, k_rows, v_rows = torch.arange(3 * HIDDEN).split(HIDDEN)
+    swapped = {
+        name: tensor[torch.cat([k_rows, q_rows, v_rows])] if "W_pack" in name else tensor
+        for name, tensor in converted.weights.items()
+    }
+    assert relative_difference(reference_logits(swapped, ids, mask, converted.generation), found) > 0.01
+
+
+def test_the_tokenizer_needs_no_code_and_pads_without_eos(converted):
+    original = SentencePieceProcessor(model_file=str(converted.source / "tokenizer.model"))
+    tokenizer = AutoTokenizer.from_pretrained(converted.folder)
+    for text in ("问：苹果好吃吗？\n\n答：", " 你好  2023年…\tParis!", "👩‍👧龘"):
+        assert tokenizer(text)["input_ids"] == original.encode(text)
+    tokenizer = load_tokenizer(ModelArguments(model_name_or_path=str(converted.folder)))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+
+
+def test_what_is_written(converted):
+    files = {path.name for path in converted.folder.iterdir()}
+    parts = {1: {"model.safetensors"}, 2: {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}}
+    parts[2].add("model.safetensors.index.json")
+    wanted = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert files == wanted | parts[converted.generation]
+    assert sorted(os.listdir(converted.folder.parent)) == ["llama", "source"]
+    model = converted.load()
+    assert type(model) is LlamaForCausalLM
+    assert (model.config.rope_parameters["rope_theta"], model.config.rms_norm_eps) == (10000.0, 1e-6)
+    assert model.config.max_position_embeddings == 4096
+    ids = (model.generation_config.bos_token_id, model.generation_config.eos_token_id)
+    assert (*ids, model.generation_config.pad_token_id) == (1, 2, 0)
+
+
+# ---- Files, types and generations ----
+
+
+def expected_tensors(weights, normalised, dtype):
+    """By hand: q, k, v are the thirds of W_pack, the head is normalised in float32 and rounded once."""
+    tensors = {name: tensor for name, tensor in weights.items() if "W_pack" not in name and "inv_freq" not in name}
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}.self_attn."
+        packed = weights[f"{prefix}W_pack.weight"]
+        tensors |= {f"{prefix}{p}_proj.weight": packed[i * HIDDEN : (i + 1) * HIDDEN] for i, p in enumerate("qkv")}
+    if normalised:
+        tensors["lm_head.weight"] = normalize(weights["lm_head.weight"].float()).to(dtype)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "dtype"),
+    [
+        ("bin", 1, torch.bfloat16),
+        ("bin", 2, torch.float16),
+        ("safetensors", 1, torch.float16),
+        ("safetensors", 4, torch.bfloat16),
+        ("safetensors", 1, torch.float32),
+    ],
+)
+def test_any_file_format_and_type(tmp_path, monkeypatch, tokenizer_files, kind, count, dtype):
+    source, folder = tmp_path / "source", tmp_path / "llama"
+    source.mkdir()
+    vocabulary = 600  # more than pieces, as where it was rounded up
+    (source / "config.json").write_text(json.dumps(make_config(2, vocabulary)))
+    (source / "tokenizer.model").write_bytes(tokenizer_files[2])
+    weights = {name: tensor.to(dtype) for name, tensor in make_weights(vocabulary).items()}
+    write_shards(source, weights, kind, count)
+    convert(monkeypatch, "--model", source, "--output", folder)
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    expected = expected_tensors(weights, normalised=True, dtype=dtype)
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], tensor), name
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == dtype
+
+
+def test_the_old_format_of_torch(tmp_path, monkeypatch, tokenizer_files):
+    weights = write_baichuan(tmp_path / "source", 1, tokenizer_files[1], 600)
+    torch.save(weights, tmp_path / "source/pytorch_model.bin", _use_new_zipfile_serialization=False)
+    convert(monkeypatch, "--model", tmp_path / "source", "--output", tmp_path / "llama")
+    found = load_file(tmp_path / "llama/model.safetensors")
+    assert torch.equal(found["lm_head.weight"], weights["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "normalised"),
+    [
+        ({}, None, False),
+        ({}, "class NormHead(nn.Module):", True),
+        ({"z_loss_weight": 0}, None, True),
+        ({"vocab_size": 125696}, None, True),
+        ({}, "class BaiChuanForCausalLM(PreTrainedModel):", False),
+    ],
+)
+def test_generations_are_told_apart(tmp_path, change, code, normalised):
+    if code is not None:
+        (tmp_path / "modeling_baichuan.py").write_text(f"raise SystemExit('it was run')\n{code}\n")
+    assert convert_baichuan.normalises_head(str(tmp_path), {**make_config(1, 600), **change}) is normalised
+
+
+def test_one_file_of_weights_in_memory_at_a_time(tmp_path, monkeypatch, tokenizer_files):
+    write_baichuan(tmp_path / "source", 2, tokenizer_files[2], 600, "bin", 5)
+    read, alive = convert_baichuan.read_tensors, []
+
+    def watched(path):
+        assert not [reference for reference in alive if reference() is not None]
+        tensors = read(path)
+        alive.extend(weakref.ref(tensor) for tensor in tensors.values())
+        return tensors
+
+    monkeypatch.setattr(convert_baichuan, "read_tensors", watched)
+    convert(monkeypatch, "--model", tmp_path / "source", "--output", tmp_path / "llama")
+    assert len(alive) == len(make_weights(600))
+
+
+# ---- Adapters ----
+
+
+def write_adapter(folder: Path, kind: str = "safetensors", **config) -> dict[str, Tensor]:
+    """A LoRA adapter on W_pack and o_proj with random weights, as PEFT has saved it beside the original's code."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(7)
+    tensors = {}
+    for layer in range(LAYERS):
+        for name, rows in (("W_pack", 3 * HIDDEN), ("o_proj", HIDDEN)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, HIDDEN, generator=generator) * 0.2
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "baichuan-inc/Baichuan2-7B-Base",
+        "auto_mapping": {"base_model_class": "BaichuanForCausalLM", "parent_library": "transformers_modules"},
+        "r": 4,
+        "lora_alpha": 12,
+        "lora_dropout": 0.05,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": ["W_pack", "o_proj"],
+        **config,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    if kind == "bin":
+        torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors")
+    return tensors
+
+
+def with_adapter(weights, adapter, scale):
+    """The base with B @ A * alpha / r added, in the original's layout."""
+    changed = dict(weights)
+    for name in weights:
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{prefix}.lora_A.weight" in adapter:
+            changed[name] = (
+                weights[name] + scale * adapter[f"{prefix}.lora_B.weight"] @ adapter[f"{prefix}.lora_A.weight"]
+            )
+    return changed
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@torch.no_grad()
+def test_a_w_pack_adapter_keeps_its_outputs(converted, tmp_path, monkeypatch, kind):
+    adapter = write_adapter(tmp_path / "sft", kind)
+    write_adapter(tmp_path / "elsewhere/reward")
+    output = tmp_path / "llama"
+    adapters = [tmp_path / "sft", f"{tmp_path}/elsewhere/reward/"]
+    convert(monkeypatch, "--model", converted.source, "--output", output, "--adapter", *adapters)
+    assert sorted(os.listdir(output / "adapters")) == ["reward", "sft"]
+
+    ids = random_ids(2, 30, len(converted.weights["lm_head.weight"]))
+    mask = torch.ones_like(ids)
+    expected = reference_logits(with_adapter(converted.weights, adapter, 12 / 4), ids, mask, converted.generation)
+    assert relative_difference(expected, converted.expected(ids, mask)) > 0.1  # it does something
+
+    base = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, output / "adapters/sft").eval()
+    assert relative_difference(expected, model(input_ids=ids).logits) < 1e-5
+    assert sorted(model.peft_config["default"].target_modules) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert model.peft_config["default"].base_model_name_or_path == str(output)
+
+    saved = read_adapter(str(output / "adapters/sft"), "--sft_model_lora_path")
+    base = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    ours = attach_adapter(base, saved, saved.config).eval()
+    assert torch.equal(ours(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+# ---- All three stages ----
+
+
+def test_three_stages_with_the_articles_flags(tmp_path, monkeypatch, tokenizer_files, data):
+    source, base = tmp_path / "Baichuan2-7B-Base", tmp_path / "baichuan2-7b"
+    write_baichuan(source, 2, tokenizer_files[2], 600, "safetensors", 2)
+    convert(monkeypatch, "--model", source, "--output", base)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    small = "use_cpu: true\ndisable_tqdm: true\n"
+    (tmp_path / "sft.yaml").write_text(f"dataset: {data['sft']}\n{small}")
+    (tmp_path / "reward.yaml").write_text(f"dataset: {data['preferences']}\neval_fraction: 0.3\n{small}")
+    (tmp_path / "ppo.yaml").write_text(f"dataset: {data['preferences']}\nsteps: 1\n{small}")
+
+    words = ["--model_name", base, "--lora_target_modules", "W_pack", "--max_steps", "2", "--output_dir", "sft"]
+    log = start(sft_training, ["--config", "sft.yaml", *map(str, words)], monkeypatch)
+    assert len([line for line in warnings_of(log) if "W_pack" in line]) == 1
+
+    words = [*filled(REWARD_COMMAND, model_name=base), "--output_dir", "reward"]
+    log = start(reward_modeling, ["--config", "reward.yaml", *words], monkeypatch)
+    assert len([line for line in warnings_of(log) if "W_pack" in line]) == 1
+
+    words = filled(
+        PPO_COMMAND,
+        base_model_name=base,
+        merged_sft_model_path="merged",
+        sft_model_lora_path="sft",
+        reward_model_lora_path="reward",
+        output_dir="ppo",
+        output_max_length=24,
+    )
+    start(rl_training, ["--config", "ppo.yaml", *words], monkeypatch)
+    for stage in ("sft", "reward", "ppo"):
+        layers = {name.split(".")[-3] for name in load_file(f"{stage}/adapter_model.safetensors") if "lora_" in name}
+        assert layers == {"q_proj", "k_proj", "v_proj"}, stage
+    samples = Path("ppo/samples.jsonl").read_text().splitlines()
+    assert len(samples) == 8
+
+
+# ---- Mistakes ----
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit_config(folder, drop=(), **changes):
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in drop}))
+
+
+def edit_weights(folder, change):
+    path = folder / "pytorch_model.bin"
+    weights = torch.load(path)
+    change(weights)
+    torch.save(weights, path)
+
+
+class RunsCode:
+    """A pickle of it makes a file when it is loaded without care."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def truncated_bin(folder, tokenizer):
+    truncate(folder / "pytorch_model.bin")
+
+
+def truncated_old_bin(folder, tokenizer):
+    path = folder / "pytorch_model.bin"
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    truncate(path)
+
+
+def truncated_shard(folder, tokenizer):
+    weights = torch.load(folder / "pytorch_model.bin")
+    truncate(write_shards(folder, weights, "safetensors", 3)[1])
+
+
+def missing_shard(folder, tokenizer):
+    weights = torch.load(folder / "pytorch_model.bin")
+    write_shards(folder, weights, "bin", 3)[1].unlink()
+
+
+def runs_code(folder, tokenizer):
+    edit_weights(folder, lambda weights: weights.update({"lm_head.weight": RunsCode(folder / "it_was_run")}))
+
+
+def runs_code_old(folder, tokenizer):
+    torch.save(RunsCode(folder / "it_was_run"), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def no_weights(folder, tokenizer):
+    (folder / "pytorch_model.bin").unlink()
+
+
+def large(folder, tokenizer):  # as in Baichuan2-13B
+    edit_config(folder, drop=["max_position_embeddings"], model_max_length=4096, hidden_size=5120)
+
+
+def large_by_size(folder, tokenizer):
+    edit_config(folder, hidden_size=5120, num_hidden_layers=40)
+
+
+def tokenizer_of_another_kind(folder, tokenizer):
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece("identity", False, model_type="unigram"))
+
+
+def changed_config(**changes):
+    return lambda folder, tokenizer: edit_config(folder, **changes)
+
+
+def changed_weights(change):
+    return lambda folder, tokenizer: edit_weights(folder, change)
+
+
+CASES = {
+    "truncated file": (truncated_bin, r"cannot read \S+pytorch_model.bin: .*; download it again"),
+    "truncated old file": (truncated_old_bin, r"pytorch_model.bin.*; download it again"),
+    "truncated shard": (truncated_shard, r"cannot read \S+model-00002-of-00003.safetensors: .*; download it again"),
+    "missing shard": (
+        missing_shard,
+        r"lacks pytorch_model-00002-of-00003.bin, which pytorch_model.bin.index.json lists",
+    ),
+    "runs code": (runs_code, r"pytorch_model.bin is damaged, or holds other things than tensors"),
+    "runs code, old format": (runs_code_old, r"pytorch_model.bin is damaged, or holds other things than tensors"),
+    "no weights": (no_weights, r"there is no model.safetensors or pytorch_model.bin in"),
+    "13B": (large, r"is a Baichuan 13B, which has ALiBi"),
+    "13B, by its size": (large_by_size, r"is a Baichuan 13B, which has ALiBi"),
+    "Llama": (changed_config(model_type="llama"), r"is of type llama, not baichuan"),
+    "quantized": (changed_config(quantization_config={"bits": 4}), r"is quantized; give the folder with the 16-bit"),
+    "quantized, silently": (
+        changed_weights(lambda w: w.update({"lm_head.weight": w["lm_head.weight"].to(torch.int8)})),
+        r"lm_head.weight holds torch.int8",
+    ),
+    "no size": (changed_config(num_hidden_layers=None), r"has no number for num_hidden_layers"),
+    "wrong size": (changed_config(intermediate_size=97), r"gate_proj.weight \[96, 64\]; expected \[97, 64\]"),
+    "wrong width": (changed_config(hidden_size=32), r"W_pack.weight has 192 rows, not the 3 x 32 of this model"),
+    "small vocabulary": (changed_config(vocab_size=100), r"the tokenizer has \d+ pieces, but the model only 100"),
+    "a tensor too many": (
+        changed_weights(lambda w: w.update({"model.extra": torch.ones(3)})),
+        r"model.extra \[3\]",
+    ),
+    "a tensor too few": (changed_weights(lambda w: w.pop("model.norm.weight")), r"lacks 1 tensors, such as model.norm"),
+    "a list": (
+        lambda folder, _: torch.save([torch.ones(2)], folder / "pytorch_model.bin"),
+        r"does not hold tensors by name",
+    ),
+    "no config": (lambda folder, _: (folder / "config.json").unlink(), r"cannot read \S+config.json: .*No such file"),
+    "cut config": (lambda folder, _: truncate(folder / "config.json"), r"cannot read \S+config.json"),
+    "cut generation config": (
+        lambda folder, _: (folder / "generation_config.json").write_text("{"),
+        r"cannot read the generation_config.json",
+    ),
+    "no tokenizer": (lambda folder, _: (folder / "tokenizer.model").unlink(), r"cannot read the tokenizer"),
+    "cut tokenizer": (lambda folder, _: truncate(folder / "tokenizer.model"), r"cannot read the tokenizer"),
+    "unigram tokenizer": (tokenizer_of_another_kind, r"is no BPE model with byte fallback"),
+}
+
+
+def check_refusal(capfd, stopped, message):
+    assert stopped.value.code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert "Traceback" not in "".join(lines)
+    assert re.search(message, lines[-1]), lines[-1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_no_folder(tmp_path, monkeypatch, capfd, tokenizer_files, case):
+    change, message = CASES[case]
+    write_baichuan(tmp_path / "source", 1, tokenizer_files[1], 600)
+    change(tmp_path / "source", tokenizer_files)
+    with pytest.raises(SystemExit) as stopped:
+        convert(monkeypatch, "--model", tmp_path / "source", "--output", tmp_path / "llama")
+    check_refusal(capfd, stopped, message)
+    assert os.listdir(tmp_path) == ["source"]
+    assert not (tmp_path / "source/it_was_run").exists()
+
+
+ADAPTER_CASES = {
+    "no adapter": (lambda folder: (folder / "adapter_config.json").unlink(), r"cannot read \S+adapter_config.json"),
+    "no weights": (
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        r"there is no adapter_model.safetensors",
+    ),
+    "truncated": (lambda folder: truncate(folder / "adapter_model.safetensors"), r"cannot read \S+adapter_model"),
+    "not on W_pack": (lambda folder: rewrite(folder, lambda t: drop(t, "W_pack")), r"is no LoRA adapter on W_pack"),
+    "another kind": (lambda folder: configure(folder, peft_type="IA3"), r"is no LoRA adapter on W_pack"),
+    "rank of its own": (
+        lambda folder: configure(folder, rank_pattern={"W_pack": 8}),
+        r"gives W_pack a rank of its own",
+    ),
+    "another size": (
+        lambda folder: rewrite(folder, lambda t: {k: v[:96] if "W_pack.lora_B" in k else v for k, v in t.items()}),
+        r"has 96 rows, not the 3 x 64",
+    ),
+    "more than LoRA": (
+        lambda folder: rewrite(
+            folder, lambda t: {**t, "base_model.model.x.W_pack.lora_magnitude_vector": torch.ones(3)}
+        ),
+        r"lora_magnitude_vector; only plain LoRA matrices",
+    ),
+    "the head": (
+        lambda folder: rewrite(folder, lambda t: {**t, "base_model.model.lm_head.weight": torch.ones(3)}),
+        r"changes the output head, which Baichuan2 normalises",
+    ),
+}
+
+
+def rewrite(folder, change):
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+def drop(tensors, text):
+    return {name: tensor for name, tensor in tensors.items() if text not in name}
+
+
+def configure(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("case", ADAPTER_CASES)
+def test_adapters_that_cannot_be_converted(tmp_path, monkeypatch, capfd, tokenizer_files, case):
+    change, message = ADAPTER_CASES[case]
+    write_baichuan(tmp_path / "source", 2, tokenizer_files[2], 600)
+    write_adapter(tmp_path / "sft")
+    change(tmp_path / "sft")
+    with pytest.raises(SystemExit) as stopped:
+        convert(
+            monkeypatch, "--model", tmp_path / "source", "--output", tmp_path / "llama", "--adapter", tmp_path / "sft"
+        )
+    check_refusal(capfd, stopped, message)
+    assert sorted(os.listdir(tmp_path)) == ["sft", "source"]
+
+
+def test_two_adapters_of_one_name(converted, tmp_path, monkeypatch, capfd):
+    adapters = [tmp_path / "a/sft", tmp_path / "b/sft"]
+    with pytest.raises(SystemExit) as stopped:
+        convert(monkeypatch, "--model", converted.source, "--output", tmp_path / "llama", "--adapter", *adapters)
+    check_refusal(capfd, stopped, "have the same name")
+
+
+def test_an_output_folder_in_use_is_left_alone(converted, tmp_path, monkeypatch, capfd):
+    (tmp_path / "mine.txt").write_text("precious")
+    for output, message in ((tmp_path, "is not empty"), (tmp_path / "mine.txt", "is a file")):
+        with pytest.raises(SystemExit) as stopped:
+            convert(monkeypatch, "--model", converted.source, "--output", output)
+        check_refusal(capfd, stopped, f"{message}; give another --output$")
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def test_without_sentencepiece(converted, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as stopped:
+        convert(monkeypatch, "--model", converted.source, "--output", tmp_path / "llama")
+    check_refusal(capfd, stopped, "is not installed; pip install -r requirements-baichuan.txt")
+    assert os.listdir(tmp_path) == []
+
+
+def test_weights_that_the_disk_changed(converted, tmp_path, monkeypatch, capfd):
+    """What was written is read back: a bit that changed on the way is seen."""
+
+    def careless(tensors, path, metadata):
+        save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1e-3}, path, metadata)
+
+    write_baichuan(tmp_path / "source", 1, (converted.source / "tokenizer.model").read_bytes(), 600)
+    monkeypatch.setattr(convert_baichuan, "save_file", careless)
+    with pytest.raises(SystemExit) as stopped:
+        convert(monkeypatch, "--model", tmp_path / "source", "--output", tmp_path / "llama")
+    check_refusal(capfd, stopped, "model.norm.weight is read back otherwise than it was written")
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_as_a_command(tmp_path, tokenizer_files):
+    """From another folder, with code in the model's folder that must not run: success, then a refusal."""
+    write_baichuan(tmp_path / "source", 2, tokenizer_files[2], 600)
+    for name in ("modeling_baichuan", "configuration_baichuan", "tokenization_baichuan", "sentencepiece", "torch"):
+        (tmp_path / f"source/{name}.py").write_text("raise SystemExit('it was run')\n")
+
+    def run(output):
+        words = [sys.executable, ROOT / "scripts/convert_baichuan.py", "--model", "source", "--output", output]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+
+    done = run("llama")
+    assert done.returncode == 0, done.stderr
+    assert "source is a Baichuan2-7B" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["llama", "source"]
+    done = run("llama")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: the output folder llama is not empty.*\n", done.stderr)
+
+
+# ---- The training scripts ----
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("load", [load_tokenizer, lambda args: load_base(args, "auto")], ids=["tokenizer", "base"])
+def test_a_base_that_was_not_converted_names_the_converter(tmp_path, tokenizer_files, load, trust):
+    """transformers would ask on the terminal whether it may run the folder's code, which does not work anyway."""
+    write_baichuan(tmp_path / "source", 1, tokenizer_files[1], 600)
+    args = ModelArguments(model_name_or_path=str(tmp_path / "source"), trust_remote_code=trust)
+    with pytest.raises(InputError, match=r"is a Baichuan model.*scripts/convert_baichuan.py --model FOLDER --output"):
+        load(args)
