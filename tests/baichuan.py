@@ -2,12 +2,13 @@
 
 import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from sentencepiece import SentencePieceTrainer
+from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
@@ -33,8 +34,7 @@ def train_sentencepiece(rule: str, prefix: bool, remove_extra: bool = False, **o
         normalization_rule_name=rule,
         add_dummy_prefix=prefix,
         remove_extra_whitespaces=remove_extra,
-        user_defined_symbols=SYMBOLS,
-        **{"model_type": "bpe", "byte_fallback": True, **options},
+        **{"model_type": "bpe", "byte_fallback": True, "user_defined_symbols": SYMBOLS, **options},
         allow_whitespace_only_pieces=True,
         vocab_size=600,
         hard_vocab_limit=False,
@@ -61,6 +61,17 @@ CONFIG = {
     "tie_word_embeddings": False,
 }
 HIDDEN, HEADS, LAYERS = CONFIG["hidden_size"], CONFIG["num_attention_heads"], CONFIG["num_hidden_layers"]
+
+
+def shuffle_ids(content: bytes) -> bytes:
+    """The model with the ids of its normal pieces exchanged: in Baichuan2, too, they are not in the order of scores."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(content)
+    places = [i for i, piece in enumerate(proto.pieces) if piece.type == 1]
+    pieces = [(proto.pieces[i].piece, proto.pieces[i].score) for i in places]
+    random.Random(0).shuffle(pieces)
+    for i, (text, score) in zip(places, pieces, strict=True):
+        proto.pieces[i].piece, proto.pieces[i].score = text, score
+    return proto.SerializeToString()
 
 
 def make_config(generation: int, vocabulary: int) -> dict[str, Any]:

@@ -3,19 +3,20 @@
 import random
 
 import pytest
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import normalizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer
 
-from tests.baichuan import train_sentencepiece
+from tests.baichuan import shuffle_ids, train_sentencepiece
 from utils.arguments import InputError
 from utils.bpe import check_tokenizer, fast_tokenizer, merges_by_score, read_sentencepiece
 
-KINDS = {  # normaliser, space in front of the text, spaces squeezed
-    "Baichuan-7B": ("nmt_nfkc", True, False),
-    "Baichuan2-7B": ("identity", False, False),
-    "squeezed": ("nmt_nfkc", True, True),
+MODELS = {
+    "Baichuan-7B": train_sentencepiece("nmt_nfkc", prefix=True),
+    "Baichuan2-7B": shuffle_ids(train_sentencepiece("identity", prefix=False)),
+    "spaces squeezed": train_sentencepiece("nmt_nfkc", prefix=True, remove_extra=True),
+    "no symbols": train_sentencepiece("nmt_nfkc", prefix=False, user_defined_symbols=[]),
 }
 ATOMS = [
     *["你好", "苹果", "很好吃", "，", "。", "！", "？", "：", "“引用”", "…", "……", "不常见：龘", "𠮷", "\u3000"],
@@ -39,11 +40,11 @@ def make_texts(count=1500):
 TEXTS = make_texts()
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=MODELS)
 def models(request, tmp_path_factory):
     """(sentencepiece's own, the fast one as AutoTokenizer loads it, the fast one's source)."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    content = train_sentencepiece(*KINDS[request.param])
+    content = MODELS[request.param]
     (folder / "tokenizer.model").write_bytes(content)
     proto, _ = read_sentencepiece(str(folder / "tokenizer.model"))
     fast_tokenizer(proto).save_pretrained(folder / "fast")
@@ -93,12 +94,12 @@ def test_every_piece(models):
     assert check_tokenizer(fast, proto, original) == 0
 
 
-def test_merges_go_by_score_and_not_by_id(models):
+def test_merges_go_by_score_and_not_by_id():
     """Baichuan2's ids are not in the order of its scores: the Llama tokenizer of transformers merges by id.
 
     Hand-made: "ab" is the later piece and has the better score, so "abc" is ab+c, not a+bc.
     """
-    proto = type(models[2])()
+    proto = sentencepiece_model_pb2.ModelProto()
     for piece, score in (("a", -9.0), ("b", -9.0), ("c", -9.0), ("bc", -2.0), ("ab", -1.0), ("abc", -3.0)):
         proto.pieces.add(piece=piece, score=score)
     assert merges_by_score(proto) == [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]
@@ -125,7 +126,7 @@ def break_decoder(core):
 )
 def test_the_check_sees_a_wrong_tokenizer(tmp_path, change, message):
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(train_sentencepiece(*KINDS["Baichuan-7B"]))
+    path.write_bytes(MODELS["Baichuan-7B"])
     proto, original = read_sentencepiece(str(path))
     fast = fast_tokenizer(proto)
     change(fast.backend_tokenizer)
