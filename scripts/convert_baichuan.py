@@ -180,13 +180,13 @@ def llama_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def normalise_rows(weight: Tensor) -> Tensor:
-    """Each row [V, H] with length 1, computed in float32 and rounded once to the type of `weight`."""
-    result = torch.empty_like(weight)
-    for start in range(0, len(weight), HEAD_ROWS):
-        rows = weight[start : start + HEAD_ROWS].float()
-        result[start : start + HEAD_ROWS] = torch.nn.functional.normalize(rows, dim=1)
-    return result
+def normalise_rows(weight: Tensor) -> None:
+    """Give each row [V, H] length 1, in place: computed in float32, rounded once to the type of `weight`.
+
+    The head is a large part of a file of weights: a second one would not fit into the memory that we promise.
+    """
+    for rows in weight.split(HEAD_ROWS):
+        rows.copy_(torch.nn.functional.normalize(rows.float(), dim=1))
 
 
 def split_rows(name: str, tensor: Tensor, hidden_size: int) -> Iterator[tuple[str, Tensor]]:
@@ -209,9 +209,9 @@ def convert_weights(tensors: dict[str, Tensor], hidden_size: int, normalise: boo
             raise InputError(f"{name} holds {tensor.dtype}: these weights are quantized; give the 16-bit ones")
         if name.endswith(".W_pack.weight"):
             yield from split_rows(name, tensor, hidden_size)
-        elif name == HEAD and normalise:
-            yield name, normalise_rows(tensor)
         else:
+            if name == HEAD and normalise:
+                normalise_rows(tensor)
             yield name, tensor.contiguous()
 
 

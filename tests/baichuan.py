@@ -141,7 +141,8 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """Rotary positions as Baichuan has them: x [B, heads, L, D], positions [B, L]; the halves of D are the pairs."""
     half = x.shape[-1] // 2
-    angles = positions[:, None, :, None] * 10000.0 ** (-torch.arange(half) / half)  # [B, 1, L, D/2]
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, 2 * half, 2).float() / (2 * half))  # rounded as the original does
+    angles = positions[:, None, :, None] * frequencies  # [B, 1, L, D/2]
     left, right = x[..., :half], x[..., half:]
     return torch.cat([left * angles.cos() - right * angles.sin(), right * angles.cos() + left * angles.sin()], dim=-1)
 
