@@ -361,7 +361,7 @@ def main() -> None:
         write_configs(args.model, llama, folder)
         others = check_tokenizer(AutoTokenizer.from_pretrained(folder), proto, processor)
         if others:
-            say(f"warning: the texts of {others} of {len(proto.pieces)} pieces get other ids than from sentencepiece")
+            say(f"warning: {others} texts made of the whole vocabulary get other ids than from sentencepiece")
 
         # ---- Adapters and weights ----
         for name, path in adapters.items():

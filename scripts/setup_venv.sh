@@ -23,8 +23,8 @@ if ! "$_toolkit/.venv/bin/python" -c "" 2> /dev/null; then
 fi
 source "$_toolkit/.venv/bin/activate"
 
-# The stamp is the content of both files: requirements-dev.txt includes the other one.
-_wanted=$(cat "$_toolkit/requirements.txt" "$_toolkit/$_requirements" | cksum)
+# The stamp is the content of all such files: requirements-dev.txt includes others.
+_wanted=$(cat "$_toolkit"/requirements*.txt | cksum)
 _stamp=$_toolkit/.venv/installed-$_requirements
 if [ "$(cat "$_stamp" 2> /dev/null || true)" != "$_wanted" ]; then
   echo "installing $_requirements into $_toolkit/.venv"
