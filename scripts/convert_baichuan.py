@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -46,6 +47,9 @@ HEAD = "lm_head.weight"
 HEAD_ROWS = 4096  # rows of the head that are normalised at a time, in float32
 # One file of weights, or an index of several: safetensors first, where a folder has both.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+Shapes = dict[str, torch.Size]
 
 
 class Checksum(NamedTuple):
@@ -97,9 +101,13 @@ def read_config(folder: str) -> dict[str, Any]:
         )
     if "quantization_config" in config:
         raise InputError(f"--model {folder} is quantized; give the folder with the 16-bit weights")
-    missing = [name for name in SIZES if not isinstance(config.get(name), int)]
+    missing = [name for name in SIZES if not isinstance(config.get(name), int) or config[name] < 1]
     if missing:
         raise InputError(f"the config.json of {folder} has no number for {', '.join(missing)}; download it again")
+    if config.get("hidden_act", "silu") != "silu":
+        raise InputError(
+            f"--model {folder} uses {config['hidden_act']}, where Baichuan has silu; give a Baichuan folder"
+        )
     return config
 
 
@@ -152,7 +160,7 @@ def read_tensors(path: str) -> dict[str, Tensor]:
         raise InputError(f"cannot read {path}: {one_line(error)}; download it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise InputError(f"{path} does not hold tensors by name; give a downloaded folder")
-    return tensors
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,23 +169,26 @@ def read_tensors(path: str) -> dict[str, Tensor]:
 
 
 def llama_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-    """The same shape in Llama's terms.  Raises InputError when the tokenizer has more pieces than the model."""
+    """The same shape in Llama's terms.  Raises InputError when it is no model, or too small for the tokenizer."""
     if len(tokenizer) > config["vocab_size"]:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} pieces, but the model only {config['vocab_size']}; download both again"
         )
-    optional = ("hidden_act", "initializer_range", "rms_norm_eps")
-    return LlamaConfig(
-        **{name: config[name] for name in SIZES},
-        **{name: config[name] for name in optional if name in config},
-        num_key_value_heads=config["num_attention_heads"],
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},  # a constant in Baichuan's code
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        architectures=["LlamaForCausalLM"],
-    )
+    optional = ("initializer_range", "rms_norm_eps")
+    try:
+        return LlamaConfig(
+            **{name: config[name] for name in SIZES},
+            **{name: config[name] for name in optional if name in config},
+            num_key_value_heads=config["num_attention_heads"],
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},  # a constant in Baichuan's code
+            tie_word_embeddings=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            architectures=["LlamaForCausalLM"],
+        )
+    except StrictDataclassError as error:  # numbers that do not fit together, or text for a number
+        raise InputError(f"config.json makes no model: {one_line(error)}; download it again") from error
 
 
 def normalise_rows(weight: Tensor) -> None:
@@ -220,58 +231,67 @@ def checksum(tensor: Tensor) -> Checksum:
     return Checksum(tensor.dtype, tensor.shape, zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
-def write_weights(
-    files: list[str], config: LlamaConfig, normalise: bool, folder: str
-) -> dict[str, tuple[str, Checksum]]:
-    """Convert file by file, and write a list of them where they are several.
+def write_file(source: str, target: str, config: LlamaConfig, normalise: bool, shapes: Shapes) -> dict[str, Checksum]:
+    """Convert one file of weights; returns the checksum of each tensor.
 
-    Returns tensor -> (file, checksum).  Raises InputError when the tensors are not those of the model.
+    Raises InputError when a tensor does not belong to the model, whose tensors `shapes` gives.
+    """
+    part = dict(convert_weights(read_tensors(source), config.hidden_size, normalise))
+    for name, tensor in part.items():
+        if shapes.get(name) != tensor.shape:
+            wanted = f"expected {list(shapes[name])}" if name in shapes else "this model has no such tensor"
+            raise InputError(
+                f"{source} holds {name} {list(tensor.shape)}, but {wanted}; give a folder of Baichuan-7B or Baichuan2-7B "
+                "as it was downloaded"
+            )
+    save_file(part, target, metadata={"format": "pt"})
+    return {name: checksum(tensor) for name, tensor in part.items()}
+
+
+def write_weights(files: list[str], config: LlamaConfig, normalise: bool, folder: str) -> dict[str, Checksum]:
+    """Convert file by file, with an index where they are several, then read everything back.
+
+    Returns the checksum of each tensor.  Raises InputError when the tensors are not all those of the model.
     """
     with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
-    written: dict[str, tuple[str, Checksum]] = {}
-    size = 0
-    for number, path in enumerate(files, start=1):
-        say(f"converting {path}")
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    places: dict[str, str] = {}
+    sums: dict[str, Checksum] = {}
+    for number, source in enumerate(files, start=1):
+        say(f"converting {source}")
         target = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else WEIGHTS[0]
-        part = dict(convert_weights(read_tensors(path), config.hidden_size, normalise))
-        for name, tensor in part.items():
-            if name in written or expected.get(name) != tensor.shape:
-                raise InputError(
-                    f"{path} holds {name} {list(tensor.shape)}; "
-                    + ("it is in another file, too" if name in written else f"expected {list(expected.get(name, []))}")
-                    + "; give a folder of Baichuan-7B or Baichuan2-7B as it was downloaded"
-                )
-            written[name] = target, checksum(tensor)
-            size += tensor.nbytes
-        save_file(part, os.path.join(folder, target), metadata={"format": "pt"})
-        del part, tensor  # before the next file is read
-    missing = sorted(set(expected) - set(written))
+        found = write_file(source, os.path.join(folder, target), config, normalise, shapes)
+        sums |= found
+        places |= dict.fromkeys(found, target)
+    missing = sorted(set(shapes) - set(sums))
     if missing:
         raise InputError(
-            f"{os.path.dirname(files[0])} lacks {len(missing)} tensors, such as {missing[0]}; download again"
+            f"{os.path.dirname(files[0])} lacks {len(missing)} tensors, such as {missing[0]}; download it again"
         )
     if len(files) > 1:
-        weight_map = {name: target for name, (target, _) in written.items()}
-        write_json({"metadata": {"total_size": size}, "weight_map": weight_map}, folder, f"{WEIGHTS[0]}.index.json")
-    return written
+        size = sum(one.shape.numel() * one.dtype.itemsize for one in sums.values())
+        write_json({"metadata": {"total_size": size}, "weight_map": places}, folder, f"{WEIGHTS[0]}.index.json")
+    for target in sorted(set(places.values())):
+        with safe_open(os.path.join(folder, target), "pt") as file:
+            for name, place in places.items():
+                if place == target and checksum(file.get_tensor(name)) != sums[name]:
+                    raise InputError(f"{name} is read back otherwise than it was written; check the disk and try again")
+    return sums
 
 
 def write_configs(source: str, config: LlamaConfig, folder: str) -> None:
     """config.json and generation_config.json, with the generation defaults of the source where it has some."""
     config.save_pretrained(folder)
-    generation = GenerationConfig()
-    if os.path.isfile(os.path.join(source, "generation_config.json")):
-        try:
-            generation = GenerationConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"cannot read the generation_config.json of {source}: {one_line(error)}; download it again"
-            ) from error
-    generation.update(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-    generation.save_pretrained(folder)
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    has_defaults = os.path.isfile(os.path.join(source, "generation_config.json"))
+    try:
+        generation = GenerationConfig.from_pretrained(source) if has_defaults else GenerationConfig()
+        generation.update(**ids)
+        generation.save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot use the generation_config.json of {source}: {one_line(error)}; download it again, or remove it"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,20 +347,6 @@ def adapter_names(paths: list[str]) -> dict[str, str]:
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Check
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_weights(written: dict[str, tuple[str, Checksum]], folder: str) -> None:
-    """Read back every tensor.  Raises InputError when one is not what was written."""
-    for target in sorted({target for target, _ in written.values()}):
-        with safe_open(os.path.join(folder, target), "pt") as file:
-            for name, (place, expected) in written.items():
-                if place == target and checksum(file.get_tensor(name)) != expected:
-                    raise InputError(f"{name} is read back otherwise than it was written; check the disk and try again")
-
-
 def main() -> None:
     # ---- Arguments ----
     (args,) = parse_arguments((ConvertArguments,), description="Baichuan-7B or Baichuan2-7B -> Llama's layout.")
@@ -367,11 +373,10 @@ def main() -> None:
         for name, path in adapters.items():
             place = os.path.join(folder, "adapters", name)
             convert_adapter(path, target, llama.hidden_size, normalise, place)
-        written = write_weights(files, llama, normalise, folder)
-        llama.dtype = written[HEAD][1].dtype
+        sums = write_weights(files, llama, normalise, folder)
+        llama.dtype = sums[HEAD].dtype
         llama.save_pretrained(folder)
-        check_weights(written, folder)
-    say(f"converted model: {args.output} ({len(written)} tensors, {llama.dtype})")
+    say(f"converted model: {args.output} ({len(sums)} tensors, {llama.dtype})")
     for name in adapters:
         say(f"converted adapter: {os.path.join(args.output, 'adapters', name)}")
 

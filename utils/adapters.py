@@ -74,7 +74,7 @@ def refuse_baichuan(name: str) -> None:
     """
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
-    except OSError:  # no such model: the loading that follows says what is wrong
+    except (OSError, ValueError):  # no such model: the loading that follows says what is wrong
         return
     if config.get("model_type") == "baichuan":
         raise InputError(

@@ -39,11 +39,10 @@ def read_sentencepiece(path: str) -> tuple[Any, Any]:
     Raises InputError when sentencepiece is not installed, or the file is no BPE model with byte fallback.
     """
     try:
+        from google.protobuf.message import DecodeError
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
     except ImportError as error:
         raise InputError(f"sentencepiece, which reads {path}, is not installed; {INSTALL}") from error
-    from google.protobuf.message import DecodeError
-
     try:
         with open(path, "rb") as file:
             content = file.read()
