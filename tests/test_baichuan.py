@@ -220,11 +220,8 @@ def test_any_file_format_and_type(tmp_path, monkeypatch, tokenizer_files, kind, 
 def test_the_old_format_of_torch(tmp_path, monkeypatch, tokenizer_files):
     """A pickle without a zip file around it, and parameters instead of tensors."""
     weights = write_baichuan(tmp_path / "source", 1, tokenizer_files[1], 600)
-    torch.save(
-        {name: torch.nn.Parameter(tensor) for name, tensor in weights.items()},
-        tmp_path / "source/pytorch_model.bin",
-        _use_new_zipfile_serialization=False,
-    )
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in weights.items()}
+    torch.save(parameters, tmp_path / "source/pytorch_model.bin", _use_new_zipfile_serialization=False)
     convert(monkeypatch, "--model", tmp_path / "source", "--output", tmp_path / "llama")
     found = load_file(tmp_path / "llama/model.safetensors")
     assert torch.equal(found["lm_head.weight"], weights["lm_head.weight"])
@@ -476,6 +473,9 @@ CASES = {
         r"lm_head.weight holds torch.int8",
     ),
     "no size": (changed_config(num_hidden_layers=None), r"has no number for num_hidden_layers"),
+    "no heads": (changed_config(num_attention_heads=0), r"has no number for num_attention_heads"),
+    "odd heads": (changed_config(num_attention_heads=5), r"config.json makes no model: .*not a multiple"),
+    "another activation": (changed_config(hidden_act="gelu"), r"uses gelu, where Baichuan has silu"),
     "wrong size": (changed_config(intermediate_size=97), r"gate_proj.weight \[96, 64\], but expected \[97, 64\]"),
     "wrong width": (changed_config(hidden_size=32), r"W_pack.weight has 192 rows, not the 3 x 32 of this model"),
     "small vocabulary": (changed_config(vocab_size=100), r"the tokenizer has \d+ pieces, but the model only 100"),
