@@ -1,16 +1,21 @@
-"""Tiny Baichuan folders as one would download them, and what their own code computes, written out with torch alone."""
+"""Tiny Baichuan folders and adapters as one would have them, and what the original computes, with torch alone."""
 
 import io
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 from torch import Tensor
 from torch.nn.functional import normalize, silu
+
+from scripts import convert_baichuan
+from utils.arguments import run_script
 
 CORPUS = [
     "问：你好吗？\n\n答：我很好，谢谢你！",
@@ -166,3 +171,41 @@ def reference_logits(weights: dict[str, Tensor], ids: Tensor, mask: Tensor, gene
         x = x + gated @ part["mlp.down_proj.weight"].T
     head = weights["lm_head.weight"]
     return rms_norm(x, weights["model.norm.weight"]) @ (normalize(head) if generation == 2 else head).T
+
+
+def write_adapter(folder: Path, kind: str = "safetensors", **config) -> dict[str, Tensor]:
+    """A LoRA adapter on W_pack and o_proj with random weights, as PEFT has saved it beside the original's code."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(7)
+    tensors = {}
+    for layer in range(LAYERS):
+        for name, rows in (("W_pack", 3 * HIDDEN), ("o_proj", HIDDEN)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, HIDDEN, generator=generator) * 0.2
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "baichuan-inc/Baichuan2-7B-Base",
+        "auto_mapping": {"base_model_class": "BaichuanForCausalLM", "parent_library": "transformers_modules"},
+        "r": 4,
+        "lora_alpha": 12,
+        "lora_dropout": 0.05,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": ["W_pack", "o_proj"],
+        **config,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    if kind == "bin":
+        torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors")
+    return tensors
+
+
+def convert(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+    """Run the converter in this process, as its command line would."""
+    monkeypatch.setattr(sys, "argv", ["convert_baichuan.py", *map(str, arguments)])
+    run_script(convert_baichuan.main)

@@ -1,14 +1,11 @@
 """scripts/convert_baichuan.py: downloaded folders of both 7B generations become Llama folders with the same outputs.
 
-The original is written out in tests/baichuan.py with torch alone.  `Converted.logits` loads the result with plain
-transformers, as anybody would.
+The original is written out in tests/baichuan.py with torch alone.  The result is loaded with plain
+transformers, as anybody would; tests/test_baichuan_errors.py has what is refused.
 """
 
 import json
 import os
-import re
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -29,24 +26,20 @@ from scripts import convert_baichuan
 from tests.baichuan import (
     HIDDEN,
     LAYERS,
+    convert,
     make_config,
     make_weights,
     reference_logits,
     train_sentencepiece,
+    write_adapter,
     write_baichuan,
     write_shards,
 )
 from tests.test_article import PPO_COMMAND, REWARD_COMMAND, filled, start, warnings_of
 from utils.adapters import attach_adapter, load_base, load_tokenizer, read_adapter
-from utils.arguments import InputError, ModelArguments, run_script
+from utils.arguments import InputError, ModelArguments
 
-ROOT = Path(__file__).resolve().parent.parent
 TOKENIZERS = {1: ("nmt_nfkc", True), 2: ("identity", False)}
-
-
-def convert(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["convert_baichuan.py", *map(str, arguments)])
-    run_script(convert_baichuan.main)
 
 
 class Converted(NamedTuple):
@@ -261,38 +254,6 @@ def test_one_file_of_weights_in_memory_at_a_time(tmp_path, monkeypatch, tokenize
 # ---- Adapters ----
 
 
-def write_adapter(folder: Path, kind: str = "safetensors", **config) -> dict[str, Tensor]:
-    """A LoRA adapter on W_pack and o_proj with random weights, as PEFT has saved it beside the original's code."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(7)
-    tensors = {}
-    for layer in range(LAYERS):
-        for name, rows in (("W_pack", 3 * HIDDEN), ("o_proj", HIDDEN)):
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, HIDDEN, generator=generator) * 0.2
-            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.2
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "baichuan-inc/Baichuan2-7B-Base",
-        "auto_mapping": {"base_model_class": "BaichuanForCausalLM", "parent_library": "transformers_modules"},
-        "r": 4,
-        "lora_alpha": 12,
-        "lora_dropout": 0.05,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "target_modules": ["W_pack", "o_proj"],
-        **config,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    if kind == "bin":
-        torch.save(tensors, folder / "adapter_model.bin")
-    else:
-        save_file(tensors, folder / "adapter_model.safetensors")
-    return tensors
-
-
 def with_adapter(weights, adapter, scale):
     """The base with B @ A * alpha / r added, in the original's layout."""
     changed = dict(weights)
@@ -369,271 +330,6 @@ def test_three_stages_with_the_articles_flags(tmp_path, monkeypatch, tokenizer_f
         assert layers == {"q_proj", "k_proj", "v_proj"}, stage
     samples = Path("ppo/samples.jsonl").read_text().splitlines()
     assert len(samples) == 8
-
-
-# ---- Mistakes ----
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def edit_config(folder, drop=(), **changes):
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({name: value for name, value in config.items() if name not in drop}))
-
-
-def edit_weights(folder, change):
-    path = folder / "pytorch_model.bin"
-    weights = torch.load(path)
-    change(weights)
-    torch.save(weights, path)
-
-
-class RunsCode:
-    """A pickle of it makes a file when it is loaded without care."""
-
-    def __init__(self, marker):
-        self.marker = str(marker)
-
-    def __reduce__(self):
-        return os.mkdir, (self.marker,)
-
-
-def truncated_bin(folder, tokenizer):
-    truncate(folder / "pytorch_model.bin")
-
-
-def truncated_old_bin(folder, tokenizer):
-    path = folder / "pytorch_model.bin"
-    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
-    truncate(path)
-
-
-def truncated_shard(folder, tokenizer):
-    weights = torch.load(folder / "pytorch_model.bin")
-    truncate(write_shards(folder, weights, "safetensors", 3)[1])
-
-
-def missing_shard(folder, tokenizer):
-    weights = torch.load(folder / "pytorch_model.bin")
-    write_shards(folder, weights, "bin", 3)[1].unlink()
-
-
-def runs_code(folder, tokenizer):
-    edit_weights(folder, lambda weights: weights.update({"lm_head.weight": RunsCode(folder / "it_was_run")}))
-
-
-def runs_code_old(folder, tokenizer):
-    torch.save(RunsCode(folder / "it_was_run"), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-
-
-def no_weights(folder, tokenizer):
-    (folder / "pytorch_model.bin").unlink()
-
-
-def large(folder, tokenizer):  # as in Baichuan2-13B
-    edit_config(folder, drop=["max_position_embeddings"], model_max_length=4096, hidden_size=5120)
-
-
-def large_by_size(folder, tokenizer):
-    edit_config(folder, hidden_size=5120, num_hidden_layers=40)
-
-
-def tokenizer_of_another_kind(folder, tokenizer):
-    (folder / "tokenizer.model").write_bytes(train_sentencepiece("identity", False, model_type="unigram"))
-
-
-def changed_config(**changes):
-    return lambda folder, tokenizer: edit_config(folder, **changes)
-
-
-def changed_weights(change):
-    return lambda folder, tokenizer: edit_weights(folder, change)
-
-
-CASES = {
-    "truncated file": (truncated_bin, r"cannot read \S+pytorch_model.bin: .*; download it again"),
-    "truncated old file": (truncated_old_bin, r"pytorch_model.bin.*; download it again"),
-    "truncated shard": (truncated_shard, r"cannot read \S+model-00002-of-00003.safetensors: .*; download it again"),
-    "missing shard": (
-        missing_shard,
-        r"lacks pytorch_model-00002-of-00003.bin, which pytorch_model.bin.index.json lists",
-    ),
-    "runs code": (runs_code, r"pytorch_model.bin is damaged, or holds other things than tensors"),
-    "runs code, old format": (runs_code_old, r"pytorch_model.bin is damaged, or holds other things than tensors"),
-    "no weights": (no_weights, r"there is no model.safetensors or pytorch_model.bin in"),
-    "13B": (large, r"is a Baichuan 13B, which has ALiBi"),
-    "13B, by its size": (large_by_size, r"is a Baichuan 13B, which has ALiBi"),
-    "Llama": (changed_config(model_type="llama"), r"is of type llama, not baichuan"),
-    "quantized": (changed_config(quantization_config={"bits": 4}), r"is quantized; give the folder with the 16-bit"),
-    "quantized, silently": (
-        changed_weights(lambda w: w.update({"lm_head.weight": w["lm_head.weight"].to(torch.int8)})),
-        r"lm_head.weight holds torch.int8",
-    ),
-    "no size": (changed_config(num_hidden_layers=None), r"has no number for num_hidden_layers"),
-    "no heads": (changed_config(num_attention_heads=0), r"has no number for num_attention_heads"),
-    "odd heads": (changed_config(num_attention_heads=5), r"config.json makes no model: .*not a multiple"),
-    "another activation": (changed_config(hidden_act="gelu"), r"uses gelu, where Baichuan has silu"),
-    "wrong size": (changed_config(intermediate_size=97), r"gate_proj.weight \[96, 64\], but expected \[97, 64\]"),
-    "wrong width": (changed_config(hidden_size=32), r"W_pack.weight has 192 rows, not the 3 x 32 of this model"),
-    "small vocabulary": (changed_config(vocab_size=100), r"the tokenizer has \d+ pieces, but the model only 100"),
-    "a tensor too many": (
-        changed_weights(lambda w: w.update({"model.extra": torch.ones(3)})),
-        r"model.extra \[3\], but this model has no such tensor",
-    ),
-    "a tensor too few": (changed_weights(lambda w: w.pop("model.norm.weight")), r"lacks 1 tensors, such as model.norm"),
-    "a list": (
-        lambda folder, _: torch.save([torch.ones(2)], folder / "pytorch_model.bin"),
-        r"does not hold tensors by name",
-    ),
-    "no config": (lambda folder, _: (folder / "config.json").unlink(), r"cannot read \S+config.json: .*No such file"),
-    "cut config": (lambda folder, _: truncate(folder / "config.json"), r"cannot read \S+config.json"),
-    "cut generation config": (
-        lambda folder, _: (folder / "generation_config.json").write_text("{"),
-        r"cannot use the generation_config.json",
-    ),
-    "no tokenizer": (lambda folder, _: (folder / "tokenizer.model").unlink(), r"cannot read the tokenizer"),
-    "cut tokenizer": (lambda folder, _: truncate(folder / "tokenizer.model"), r"cannot read the tokenizer"),
-    "unigram tokenizer": (tokenizer_of_another_kind, r"is no BPE model with byte fallback"),
-}
-
-
-def check_refusal(capfd, stopped, message):
-    assert stopped.value.code == 2
-    lines = capfd.readouterr().err.splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-    assert "Traceback" not in "".join(lines)
-    assert re.search(message, lines[-1]), lines[-1]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_one_line_and_no_folder(tmp_path, monkeypatch, capfd, tokenizer_files, case):
-    change, message = CASES[case]
-    write_baichuan(tmp_path / "source", 1, tokenizer_files[1], 600)
-    change(tmp_path / "source", tokenizer_files)
-    with pytest.raises(SystemExit) as stopped:
-        convert(monkeypatch, "--model", tmp_path / "source", "--output", tmp_path / "llama")
-    check_refusal(capfd, stopped, message)
-    assert os.listdir(tmp_path) == ["source"]
-    assert not (tmp_path / "source/it_was_run").exists()
-
-
-ADAPTER_CASES = {
-    "no adapter": (lambda folder: (folder / "adapter_config.json").unlink(), r"cannot read \S+adapter_config.json"),
-    "no weights": (
-        lambda folder: (folder / "adapter_model.safetensors").unlink(),
-        r"there is no adapter_model.safetensors",
-    ),
-    "truncated": (lambda folder: truncate(folder / "adapter_model.safetensors"), r"cannot read \S+adapter_model"),
-    "not on W_pack": (lambda folder: rewrite(folder, lambda t: drop(t, "W_pack")), r"is no LoRA adapter on W_pack"),
-    "another kind": (lambda folder: configure(folder, peft_type="IA3"), r"is no LoRA adapter on W_pack"),
-    "rank of its own": (
-        lambda folder: configure(folder, rank_pattern={"W_pack": 8}),
-        r"gives W_pack a rank of its own",
-    ),
-    "another size": (
-        lambda folder: rewrite(folder, lambda t: {k: v[:96] if "W_pack.lora_B" in k else v for k, v in t.items()}),
-        r"has 96 rows, not the 3 x 64",
-    ),
-    "more than LoRA": (
-        lambda folder: rewrite(
-            folder, lambda t: {**t, "base_model.model.x.W_pack.lora_magnitude_vector": torch.ones(3)}
-        ),
-        r"lora_magnitude_vector; only plain LoRA matrices",
-    ),
-    "the head": (
-        lambda folder: rewrite(folder, lambda t: {**t, "base_model.model.lm_head.weight": torch.ones(3)}),
-        r"changes the output head, which Baichuan2 normalises",
-    ),
-}
-
-
-def rewrite(folder, change):
-    path = folder / "adapter_model.safetensors"
-    save_file(change(load_file(path)), path)
-
-
-def drop(tensors, text):
-    return {name: tensor for name, tensor in tensors.items() if text not in name}
-
-
-def configure(folder, **changes):
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-@pytest.mark.parametrize("case", ADAPTER_CASES)
-def test_adapters_that_cannot_be_converted(tmp_path, monkeypatch, capfd, tokenizer_files, case):
-    change, message = ADAPTER_CASES[case]
-    write_baichuan(tmp_path / "source", 2, tokenizer_files[2], 600)
-    write_adapter(tmp_path / "sft")
-    change(tmp_path / "sft")
-    with pytest.raises(SystemExit) as stopped:
-        convert(
-            monkeypatch, "--model", tmp_path / "source", "--output", tmp_path / "llama", "--adapter", tmp_path / "sft"
-        )
-    check_refusal(capfd, stopped, message)
-    assert sorted(os.listdir(tmp_path)) == ["sft", "source"]
-
-
-def test_two_adapters_of_one_name(converted, tmp_path, monkeypatch, capfd):
-    adapters = [tmp_path / "a/sft", tmp_path / "b/sft"]
-    with pytest.raises(SystemExit) as stopped:
-        convert(monkeypatch, "--model", converted.source, "--output", tmp_path / "llama", "--adapter", *adapters)
-    check_refusal(capfd, stopped, "have the same name")
-
-
-def test_an_output_folder_in_use_is_left_alone(converted, tmp_path, monkeypatch, capfd):
-    (tmp_path / "mine.txt").write_text("precious")
-    for output, message in ((tmp_path, "is not empty"), (tmp_path / "mine.txt", "is a file")):
-        with pytest.raises(SystemExit) as stopped:
-            convert(monkeypatch, "--model", converted.source, "--output", output)
-        check_refusal(capfd, stopped, f"{message}; give another --output$")
-    assert (tmp_path / "mine.txt").read_text() == "precious"
-    assert os.listdir(tmp_path) == ["mine.txt"]
-
-
-def test_without_sentencepiece(converted, tmp_path, monkeypatch, capfd):
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as if it were not installed
-    with pytest.raises(SystemExit) as stopped:
-        convert(monkeypatch, "--model", converted.source, "--output", tmp_path / "llama")
-    check_refusal(capfd, stopped, "is not installed; pip install -r requirements-baichuan.txt")
-    assert os.listdir(tmp_path) == []
-
-
-def test_weights_that_the_disk_changed(converted, tmp_path, monkeypatch, capfd):
-    """What was written is read back: a bit that changed on the way is seen."""
-
-    def careless(tensors, path, metadata):
-        save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1e-3}, path, metadata)
-
-    write_baichuan(tmp_path / "source", 1, (converted.source / "tokenizer.model").read_bytes(), 600)
-    monkeypatch.setattr(convert_baichuan, "save_file", careless)
-    with pytest.raises(SystemExit) as stopped:
-        convert(monkeypatch, "--model", tmp_path / "source", "--output", tmp_path / "llama")
-    check_refusal(capfd, stopped, "model.norm.weight is read back otherwise than it was written")
-    assert os.listdir(tmp_path) == ["source"]
-
-
-def test_as_a_command(tmp_path, tokenizer_files):
-    """From another folder, with code in the model's folder that must not run: success, then a refusal."""
-    write_baichuan(tmp_path / "source", 2, tokenizer_files[2], 600)
-    for name in ("modeling_baichuan", "configuration_baichuan", "tokenization_baichuan", "sentencepiece", "torch"):
-        (tmp_path / f"source/{name}.py").write_text("raise SystemExit('it was run')\n")
-
-    def run(output):
-        words = [sys.executable, ROOT / "scripts/convert_baichuan.py", "--model", "source", "--output", output]
-        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-
-    done = run("llama")
-    assert done.returncode == 0, done.stderr
-    assert "source is a Baichuan2-7B" in done.stderr
-    assert sorted(os.listdir(tmp_path)) == ["llama", "source"]
-    done = run("llama")
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: the output folder llama is not empty.*\n", done.stderr)
 
 
 # ---- The training scripts ----
