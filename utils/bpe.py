@@ -14,7 +14,8 @@ of sentencepiece has its counterpart in the tokenizers library:
 Where it can still differ, for a model with a normaliser: combining marks that stand as characters of their own (an e
 and its accent as two), because the tokenizers library looks the two up as one.  For every model: the literal special
 tokens <s>, </s>, <unk> in a text, which become their ids, as in Baichuan's own tokenizer class; the private characters
-of steps 1 and 3; and decoding bytes that are no whole character.
+of steps 1 and 3; and decoding bytes that are no whole character.  The names of the symbols of step 3 are these private
+characters: convert_tokens_to_ids does not know "<reserved_106>", though its text is encoded and decoded as ever.
 """
 
 from collections.abc import Iterator, Sequence
