@@ -1,5 +1,10 @@
-"""What a run leaves behind for people: run.json, metrics.jsonl and pictures."""
+"""What a run leaves behind for people: run.json, metrics.jsonl, pictures, and a page with all of it.
 
+python -m utils.report output/ppo                     writes output/ppo/report.html
+python -m utils.report output/ppo other/ppo --output both.html
+"""
+
+import argparse
 import json
 import os
 import platform
@@ -11,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from utils.adapters import base_fingerprint
-from utils.arguments import ModelArguments
+from utils.arguments import ModelArguments, run_script, say
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
 CURVES = {  # metrics of stage 3 -> title of the picture
@@ -146,3 +151,25 @@ def draw_curves(folder: str) -> None:
         figure.tight_layout()
         figure.savefig(os.path.join(folder, "plots", f"{metric}.png"))
         pyplot.close(figure)
+
+
+def main() -> None:
+    from utils.html_report import report_page
+    from utils.page import write_page
+
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.report",
+        description="Write report.html: curves, samples, reward card and run.json of one or several runs on one page.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a training script")
+    parser.add_argument("--output", help="file to write; by default report.html in the first RUN")
+    parser.add_argument("--max_samples", type=int, default=20000, help="show about so many replies of each run")
+    args = parser.parse_args()
+    page = report_page(args.runs, CURVES, args.max_samples)
+    output = args.output or os.path.join(args.runs[0], "report.html")
+    write_page(page, output)
+    say(f"report: {output}")
+
+
+if __name__ == "__main__":
+    run_script(main)
