@@ -8,7 +8,6 @@ of --seed and the prompt: it does not depend on the other prompts, their order o
 distribution, as PPO samples them.  Writes compare.md, compare.html (opens offline) and compare.jsonl (every reply).
 """
 
-import hashlib
 import html
 import os
 import re
@@ -18,20 +17,19 @@ from typing import NamedTuple
 
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-from utils.adapters import load_base, load_tokenizer, read_adapter
+from utils.adapters import load_base, load_tokenizer
 from utils.answers import (
-    BARE_BASE,
     AnswerArguments,
     Reply,
-    agreed_template,
     answer,
     answer_sampling,
-    check_adapters,
+    check_lineup,
     choose_device,
     load_side_by_side,
-    read_named_adapters,
+    longest_query,
+    read_lineup,
+    reply_seed,
 )
 from utils.arguments import InputError, check_new_folder, parse_arguments, run_script, say
 from utils.data import FILE_FORMATS, check_template, read_dataset, tokenize_prompts
@@ -113,25 +111,6 @@ def read_prompts(words: str | None) -> Dataset:
         return read_dataset(words)
     say("--prompts names no file: it is taken as the text of one prompt")
     return Dataset.from_dict({"prompt": [words]})
-
-
-def longest_query(base: PreTrainedModel, output_max_length: int) -> int:
-    """Tokens that a prompt may have beside a reply.  Raises InputError where the reply leaves no room."""
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:  # a family without positions, such as Bloom
-        return 2**31
-    if positions <= output_max_length:
-        raise InputError(
-            f"--output_max_length {output_max_length} leaves no room for a prompt in the {positions} tokens of this base; "
-            "lower it"
-        )
-    return positions - output_max_length
-
-
-def prompt_seed(seed: int, prompt: str) -> int:
-    """The seed of the reply to a prompt, the same one for every model: 63 bits of a hash."""
-    digest = hashlib.sha256(f"{seed} {prompt}".encode(errors="replace")).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,31 +247,27 @@ def main() -> None:
     # ---- Arguments ----
     (args,) = parse_arguments((CompareArguments,), description="The same prompts through several adapters.")
     check_new_folder(args.output_dir)
-    adapters = read_named_adapters(args.adapters)
-    reward_path = args.reward_model_lora_path
-    reward = None if reward_path is None else read_adapter(reward_path, "--reward_model_lora_path")
-    template = agreed_template(args, adapters)
+    lineup = read_lineup(args)
     device, dtype = choose_device(args)
 
     # ---- Tokenizer and data ----
     tokenizer = load_tokenizer(args)
-    check_template(template, tokenizer)
+    check_template(lineup.template, tokenizer)
     sampling = answer_sampling(tokenizer, args.output_max_length, args.temperature)
     rows = read_prompts(args.prompts)
 
     # ---- Model ----
     base = load_base(args, dtype)
-    check_adapters(adapters, reward, template, base)
-    asked = tokenize_prompts(rows, template, tokenizer, longest_query(base, args.output_max_length))
+    check_lineup(lineup, base)
+    asked = tokenize_prompts(rows, lineup.template, tokenizer, longest_query(base, args.output_max_length))
     if 0 < args.max_prompts < len(asked):
         say(f"the first {args.max_prompts} of {len(asked)} prompts are taken; --max_prompts changes that")
         asked = asked.select(range(args.max_prompts))
-    model, names = load_side_by_side(base.to(device), list(adapters.values()), reward)
+    model, active = load_side_by_side(base.to(device), lineup.adapters, lineup.reward)
 
     # ---- Replies ----
     prompts, queries = list(asked["prompt"]), list(asked["input_ids"])
-    seeds = [prompt_seed(args.seed, prompt) for prompt in prompts]
-    active = {BARE_BASE: [], **{title: [name] for title, name in zip(adapters, names, strict=True)}}
+    seeds = [reply_seed(args.seed, prompt) for prompt in prompts]
     models = []
     with tqdm(total=len(prompts) * len(active), desc="replies", unit="reply") as bar:
         for title, used in active.items():
@@ -306,7 +281,7 @@ def main() -> None:
         f"{len(prompts)} prompts; base {args.model_name_or_path}; temperature {args.temperature}, at most "
         f"{args.output_max_length} tokens a reply, seed {args.seed}"
     )
-    facts += "" if reward is None else f"; scores from {reward.path}"
+    facts += "" if lineup.reward is None else f"; scores from {lineup.reward.path}"
     tables = prompt_tables(prompts, models)
     summary = summary_table(summaries, first.name)
     os.makedirs(args.output_dir, exist_ok=True)

@@ -101,14 +101,13 @@ def main() -> None:
     model_args = ModelArguments(str(folder / "world" / "base"), settings["prompt_template"])
     tokenizer = load_tokenizer(model_args)
     base = load_base(model_args, torch.float32)
-    adapters = [read_adapter(str(path), "--folder") for path in (folder / "sft", *checkpoints)]
-    model, names = load_side_by_side(base, adapters, read_adapter(str(folder / "reward"), "--folder"))
+    folders = {"SFT": folder / "sft", **{f"PPO ({path.name.split('-')[1]})": path for path in checkpoints}}
+    adapters = {name: read_adapter(str(path), "--folder") for name, path in folders.items()}
+    model, models = load_side_by_side(base, adapters, read_adapter(str(folder / "reward"), "--folder"))
 
     # ---- Replies ----
     prompts = [row["prompt"] for row in read_jsonl(str(folder / "world" / "heldout_prompts.jsonl"))]
-    titles = ["SFT", *(f"PPO ({path.name.split('-')[1]})" for path in checkpoints)]
-    models = [("base", []), *((title, [name]) for title, name in zip(titles, names, strict=True))]
-    rows = [judge(model, title, active, prompts, tokenizer, settings) for title, active in models]
+    rows = [judge(model, name, active, prompts, tokenizer, settings) for name, active in models.items()]
 
     # ---- Report ----
     table = as_markdown(rows, prompts, card["accuracy"])

@@ -16,44 +16,26 @@ from transformers import AutoModelForSequenceClassification
 
 import compare
 from tests.conftest import make_tokenizer, save_base, write_rows
-from tests.helpers import Stages, load_plain, make_stages, save_lively_base, save_sft, strengthen
+from tests.helpers import load_plain, save_sft
+from tests.lineup import TEMPLATE, Lineup, make_lineup, write_run
 from tests.pages import Page
-from utils.adapters import base_fingerprint
-from utils.answers import Reply, agreed_template, answer_sampling, read_named_adapters
+from utils.answers import Reply, agreed_template, answer_sampling, read_named_adapters, reply_seed
 from utils.arguments import InputError, run_script
 from utils.data import encode_prompt
 from utils.rollout import sample_replies
 from utils.statistics import wilson_interval
 
-TEMPLATE = "Q: {prompt}\nA:"
 NASTY = "a | b\n<script>alert(1)</script> *x* مرحبا 😀"
 PROMPTS = ["What is tea?", "你好", NASTY, "dogs", "the cat sat on the mat"]
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    """Base, SFT and reward adapter that know how they were trained, and a second policy under ppo/."""
-    folder = tmp_path_factory.mktemp("stages")
-    stages = make_stages(save_lively_base(folder / "base"), folder)
-    policy = PeftModel.from_pretrained(load_plain(stages.base), stages.sft)
-    strengthen(policy, seed=7)
-    policy.save_pretrained(folder / "ppo")
-    for path in (stages.sft, stages.reward, str(folder / "ppo")):
-        write_run(path, stages.base)
-    return stages
+def lineup(tmp_path_factory: pytest.TempPathFactory) -> Lineup:
+    return make_lineup(tmp_path_factory.mktemp("lineup"))
 
 
-def write_run(path: str, base: str, template: str = TEMPLATE) -> None:
-    run = {"base_fingerprint": base_fingerprint(load_plain(base)), "base_model": base, "prompt_template": template}
-    (Path(path) / "run.json").write_text(json.dumps(run), encoding="utf-8")
-
-
-def ppo(stages: Stages) -> str:
-    return str(Path(stages.sft).parent / "ppo")
-
-
-def run_compare(monkeypatch: pytest.MonkeyPatch, stages: Stages, output: Path, *more: str) -> list[dict]:
-    words = ["--base_model_name", stages.base, "--adapters", f"SFT={stages.sft}", f"v1.5 (16)={ppo(stages)}"]
+def run_compare(monkeypatch: pytest.MonkeyPatch, lineup: Lineup, output: Path, *more: str) -> list[dict]:
+    words = ["--base_model_name", lineup.base, "--adapters", f"SFT={lineup.sft}", f"v1.5 (16)={lineup.ppo}"]
     words += ["--output_dir", str(output), "--output_max_length", "12", *more]
     monkeypatch.setattr(sys, "argv", ["compare.py", *words])
     compare.main()
@@ -61,25 +43,25 @@ def run_compare(monkeypatch: pytest.MonkeyPatch, stages: Stages, output: Path, *
 
 
 @pytest.fixture(scope="module")
-def outcome(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+def outcome(lineup: Lineup, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     """One run with a reward model, in batches of two."""
     folder = tmp_path_factory.mktemp("outcome")
     prompts = write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     with pytest.MonkeyPatch.context() as patch:
-        more = ("--prompts", prompts, "--reward_model_lora_path", stages.reward, "--batch_size", "2")
-        return folder / "out", run_compare(patch, stages, folder / "out", *more)
+        more = ("--prompts", prompts, "--reward_model_lora_path", lineup.reward, "--batch_size", "2")
+        return folder / "out", run_compare(patch, lineup, folder / "out", *more)
 
 
 # ---- Replies and scores ----
 
 
-def test_each_model_replies_as_it_does_alone(stages: Stages, outcome: tuple[Path, list[dict]]) -> None:
+def test_each_model_replies_as_it_does_alone(lineup: Lineup, outcome: tuple[Path, list[dict]]) -> None:
     """Base and adapters loaded one at a time by plain PEFT give the replies that they gave side by side."""
     tokenizer = make_tokenizer()
     alone = {
-        "base": load_plain(stages.base),
-        "SFT": PeftModel.from_pretrained(load_plain(stages.base), stages.sft),
-        "v1.5 (16)": PeftModel.from_pretrained(load_plain(stages.base), ppo(stages)),
+        "base": load_plain(lineup.base),
+        "SFT": PeftModel.from_pretrained(load_plain(lineup.base), lineup.sft),
+        "v1.5 (16)": PeftModel.from_pretrained(load_plain(lineup.base), lineup.ppo),
     }
     rows = outcome[1]
     assert [(row["prompt"], row["model"]) for row in rows] == [(p, name) for p in PROMPTS for name in alone]
@@ -95,15 +77,15 @@ def test_each_model_replies_as_it_does_alone(stages: Stages, outcome: tuple[Path
     )
 
 
-def test_score_is_the_reward_models(stages: Stages, outcome: tuple[Path, list[dict]]) -> None:
+def test_score_is_the_reward_models(lineup: Lineup, outcome: tuple[Path, list[dict]]) -> None:
     """Against the sequence classifier of transformers with the reward adapter, one reply at a time, no padding."""
-    base = AutoModelForSequenceClassification.from_pretrained(stages.base, num_labels=1, dtype=torch.float32)
-    judge = PeftModel.from_pretrained(base, stages.reward).eval()
+    base = AutoModelForSequenceClassification.from_pretrained(lineup.base, num_labels=1, dtype=torch.float32)
+    judge = PeftModel.from_pretrained(base, lineup.reward).eval()
     tokenizer = make_tokenizer()
     row = next(row for row in outcome[1] if row["model"] == "SFT" and 1 < row["length"] < 12)  # it ended with EOS
     query = encode_prompt(row["prompt"], TEMPLATE, tokenizer)
-    seed = compare.prompt_seed(0, row["prompt"])
-    sft = PeftModel.from_pretrained(load_plain(stages.base), stages.sft)
+    seed = reply_seed(0, row["prompt"])
+    sft = PeftModel.from_pretrained(load_plain(lineup.base), lineup.sft)
     (reply,) = sample_replies(sft, [query], [seed], answer_sampling(tokenizer, 12))
     with torch.no_grad():
         expected = float(judge(input_ids=torch.tensor([[*query, *reply]])).logits)
@@ -111,16 +93,16 @@ def test_score_is_the_reward_models(stages: Stages, outcome: tuple[Path, list[di
 
 
 def test_a_reply_depends_on_seed_and_prompt_alone(
-    stages: Stages, outcome: tuple[Path, list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lineup: Lineup, outcome: tuple[Path, list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def replies(rows: list[dict]) -> dict[tuple[str, str], str]:
         return {(row["prompt"], row["model"]): row["response"] for row in rows}
 
     turned = write_rows(tmp_path / "turned.jsonl", [{"prompt": prompt} for prompt in PROMPTS[::-1]])
-    again = run_compare(monkeypatch, stages, tmp_path / "again", "--prompts", turned, "--batch_size", "5")
+    again = run_compare(monkeypatch, lineup, tmp_path / "again", "--prompts", turned, "--batch_size", "5")
     assert replies(again) == replies(outcome[1])
     assert {row["score"] for row in again} == {None}
-    other = run_compare(monkeypatch, stages, tmp_path / "other", "--prompts", turned, "--seed", "1")
+    other = run_compare(monkeypatch, lineup, tmp_path / "other", "--prompts", turned, "--seed", "1")
     assert replies(other) != replies(outcome[1])
     page = (tmp_path / "again" / "compare.html").read_text(encoding="utf-8")
     assert "score" not in page, "no column of a reward model that is not there"
@@ -142,10 +124,10 @@ def test_prompts_from_file_lines_or_text(tmp_path: Path, capsys: pytest.CaptureF
             compare.read_prompts(str(tmp_path / missing))
 
 
-def test_max_prompts_takes_the_first(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_prompts_takes_the_first(lineup: Lineup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("one\n\none\ntwo\nthree\n", encoding="utf-8")
-    rows = run_compare(monkeypatch, stages, tmp_path / "out", "--prompts", str(lines), "--max_prompts", "2")
+    rows = run_compare(monkeypatch, lineup, tmp_path / "out", "--prompts", str(lines), "--max_prompts", "2")
     assert [row["prompt"] for row in rows[::3]] == ["one", "two"]
 
 
@@ -220,27 +202,27 @@ def test_markdown_has_a_row_a_model_in_each_table(outcome: tuple[Path, list[dict
 
 
 def test_mistakes_are_one_line(
-    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    lineup: Lineup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = save_base(tmp_path / "other", seed=1)
     other_sft = save_sft(other, tmp_path / "other_sft")
     write_run(other_sft, other)
-    template = shutil.copytree(stages.sft, tmp_path / "template")
-    write_run(str(template), stages.base, "{prompt}!")
+    template = shutil.copytree(lineup.sft, tmp_path / "template")
+    write_run(str(template), lineup.base, "{prompt}!")
     used = tmp_path / "used"
     used.mkdir()
     (used / "mine.txt").write_text("precious")
-    good = f"SFT={stages.sft}"
+    good = f"SFT={lineup.sft}"
     cases = [
         (["--adapters", "SFT"], "is not NAME=FOLDER"),
         (["--adapters", good, good], "given twice"),
-        (["--adapters", f"base={stages.sft}"], "the bare base's"),
+        (["--adapters", f"base={lineup.sft}"], "the bare base's"),
         (["--adapters", f"SFT={tmp_path / 'none'}"], "no adapter_config.json"),
-        (["--adapters", f"SFT={stages.reward}"], "is a reward adapter"),
+        (["--adapters", f"SFT={lineup.reward}"], "is a reward adapter"),
         (["--adapters", f"SFT={other_sft}"], "was trained on the base"),
         (["--adapters", good, f"B={template}"], "give adapters of one template"),
         (["--adapters", good, "--prompt_template", "{prompt}?"], "was trained with the prompt template"),
-        (["--adapters", good, "--reward_model_lora_path", stages.sft], "holds no score head"),
+        (["--adapters", good, "--reward_model_lora_path", lineup.sft], "holds no score head"),
         (["--adapters", good, "--output_dir", str(used)], "is not empty"),
         (["--adapters", good, "--temperature", "0"], "have to be above 0"),
         (["--adapters", good, "--batch_size", "0"], "--batch_size is 0"),
@@ -252,7 +234,7 @@ def test_mistakes_are_one_line(
     for words, message in cases:
         output = tmp_path / "output"
         monkeypatch.setattr(
-            sys, "argv", ["compare.py", "--base_model_name", stages.base, "--output_dir", str(output), *words]
+            sys, "argv", ["compare.py", "--base_model_name", lineup.base, "--output_dir", str(output), *words]
         )
         with pytest.raises(SystemExit) as stop:
             run_script(compare.main)
@@ -264,16 +246,16 @@ def test_mistakes_are_one_line(
     assert [path.name for path in used.iterdir()] == ["mine.txt"]
 
 
-def test_template_of_adapters_trained_elsewhere(stages: Stages, tmp_path: Path) -> None:
+def test_template_of_adapters_trained_elsewhere(lineup: Lineup, tmp_path: Path) -> None:
     """Without any run.json the argument decides; one run.json is enough to know."""
-    bare = shutil.copytree(stages.sft, tmp_path / "bare", ignore=shutil.ignore_patterns("run.json"))
+    bare = shutil.copytree(lineup.sft, tmp_path / "bare", ignore=shutil.ignore_patterns("run.json"))
     args = SimpleNamespace(prompt_template="{prompt}=", template_given=False)
     assert agreed_template(args, read_named_adapters([f"a={bare}"])) == "{prompt}="
-    assert agreed_template(args, read_named_adapters([f"a={bare}", f"b={stages.sft}"])) == TEMPLATE
+    assert agreed_template(args, read_named_adapters([f"a={bare}", f"b={lineup.sft}"])) == TEMPLATE
 
 
-def test_prompts_that_do_not_fit_are_dropped(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_do_not_fit_are_dropped(lineup: Lineup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny base has 256 positions; 240 of them are the reply's."""
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "x" * 300}, {"prompt": "tea"}])
-    rows = run_compare(monkeypatch, stages, tmp_path / "out", "--prompts", prompts, "--output_max_length", "240")
+    rows = run_compare(monkeypatch, lineup, tmp_path / "out", "--prompts", prompts, "--output_max_length", "240")
     assert {row["prompt"] for row in rows} == {"tea"}

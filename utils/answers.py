@@ -1,6 +1,7 @@
 """Several adapters on one base in memory: load them, let each of them answer the same prompts, score the replies."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -51,6 +52,14 @@ class AnswerArguments(ModelArguments):
             raise InputError("no adapter was given; add --adapters NAME=FOLDER, once or several times")
 
 
+class Lineup(NamedTuple):
+    """The adapters that the arguments name, looked at and not loaded."""
+
+    adapters: dict[str, SavedAdapter]  # policies by name
+    reward: SavedAdapter | None
+    template: str  # prompt template of all of them
+
+
 class Reply(NamedTuple):
     """What one model answered to one prompt."""
 
@@ -96,33 +105,40 @@ def agreed_template(args: AnswerArguments, adapters: dict[str, SavedAdapter]) ->
     return known[first]
 
 
-def check_adapters(
-    adapters: dict[str, SavedAdapter], reward: SavedAdapter | None, template: str, base: PreTrainedModel
-) -> None:
+def read_lineup(args: AnswerArguments) -> Lineup:
+    """Look at all adapters that the arguments name.  Raises InputError."""
+    adapters = read_named_adapters(args.adapters)
+    path = args.reward_model_lora_path
+    reward = None if path is None else read_adapter(path, "--reward_model_lora_path")
+    return Lineup(adapters, reward, agreed_template(args, adapters))
+
+
+def check_lineup(lineup: Lineup, base: PreTrainedModel) -> None:
     """Raise InputError when one of the adapters is of another kind, base or template."""
-    for name, adapter in adapters.items():
-        check_adapter(adapter, f"--adapters {name}", False, template, base)
-    if reward is not None:
-        check_adapter(reward, "--reward_model_lora_path", True, template, base)
+    for name, adapter in lineup.adapters.items():
+        check_adapter(adapter, f"--adapters {name}", False, lineup.template, base)
+    if lineup.reward is not None:
+        check_adapter(lineup.reward, "--reward_model_lora_path", True, lineup.template, base)
 
 
 def load_side_by_side(
-    base: PreTrainedModel, adapters: Sequence[SavedAdapter], reward: SavedAdapter | None
-) -> tuple[PeftModel, list[str]]:
-    """All adapters on one base, in eval mode, and the names by which `use_adapter` knows them.
+    base: PreTrainedModel, adapters: Mapping[str, SavedAdapter], reward: SavedAdapter | None
+) -> tuple[PeftModel, dict[str, list[str]]]:
+    """All adapters on one base, in eval mode; and for each model, the bare base first, what `use_adapter` has to be given.
 
-    The names are our own: PEFT takes no dot in one, and people do ("v1.5").
+    PEFT knows the adapters by other names than people do, because it takes no dot in one ("v1.5").
     """
     names = [f"adapter{number}" for number in range(len(adapters))]
     enable_jobs(base)
     if reward is not None:
         add_score_head(base)
-    model = PeftModel(base, adapters[0].config, names[0])
-    for name, adapter in zip(names, adapters, strict=True):
+    model = PeftModel(base, next(iter(adapters.values())).config, names[0])
+    for name, adapter in zip(names, adapters.values(), strict=True):
         load_adapter(model, adapter, name)
     if reward is not None:
         load_adapter(model, reward, REWARD)
-    return model.eval(), names
+    models = {BARE_BASE: [], **{title: [name] for title, name in zip(adapters, names, strict=True)}}
+    return model.eval(), models
 
 
 def choose_device(args: ModelArguments) -> tuple[str, torch.dtype]:
@@ -147,6 +163,25 @@ def answer_sampling(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, tem
         temperature=temperature,
         begin_suppress_tokens=(tokenizer.eos_token_id, tokenizer.pad_token_id),
     )
+
+
+def longest_query(base: PreTrainedModel, output_max_length: int) -> int:
+    """Tokens that a prompt may have beside a reply.  Raises InputError where the reply leaves no room."""
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:  # a family without positions, such as Bloom
+        return 2**31
+    if positions <= output_max_length:
+        raise InputError(
+            f"--output_max_length {output_max_length} leaves no room for a prompt in the {positions} tokens of this base; "
+            "lower it"
+        )
+    return positions - output_max_length
+
+
+def reply_seed(seed: int, prompt: str) -> int:
+    """The seed of the reply to a prompt, the same one for every model: 63 bits of a hash."""
+    digest = hashlib.sha256(f"{seed} {prompt}".encode(errors="replace")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 @torch.no_grad()

@@ -370,7 +370,7 @@ def report_page(folders: Sequence[str], titles: Mapping[str, str], max_samples: 
     for anchor, name, content in parts:
         title = "" if anchor == "curves" else f"<h2>{name}</h2>"  # each stage's curves have a heading of their own
         body.append(f'<section id="{anchor}">{title}{content}</section>')
-    return html_page(heading, "\n".join(body), data, "report.js")
+    return html_page(heading, "\n".join(body), data, "report")
 
 
 def _headline(run: Run) -> str:

@@ -30,11 +30,13 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def html_page(title: str, body: str, data: Any = None, script: str | None = None) -> str:
+def html_page(title: str, body: str, data: Any = None, program: str | None = None) -> str:
     """A whole page; `body` is HTML, `title` is text.
 
-    data: what the page's script finds as JSON in the element #data; script: name of the file in utils/web that is run.
+    program: name of the .js file in utils/web that the page runs, and of the .css file beside it; data: what it finds as
+    JSON in the element #data.
     """
+    style = _web_file("style.css") + ("" if program is None else _web_file(f"{program}.css"))
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en">',
@@ -43,14 +45,14 @@ def html_page(title: str, body: str, data: Any = None, script: str | None = None
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title>",
-        f"<style>\n{_web_file('style.css')}</style>",
+        f"<style>\n{style}</style>",
         "</head>",
         "<body>",
         body,
     ]
-    if script is not None:
+    if program is not None:
         parts.append(f'<script type="application/json" id="data">{embed_json(data)}</script>')
-        parts.append(f"<script>\n{_web_file(script)}</script>")
+        parts.append(f"<script>\n{_web_file(program + '.js')}</script>")
     return "\n".join([*parts, "</body>", "</html>", ""])
 
 
