@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from utils.adapters import base_fingerprint
 from utils.arguments import ModelArguments, run_script, say
+from utils.html_report import report_page
+from utils.page import write_page
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
 CURVES = {  # metrics of stage 3 -> title of the picture
@@ -153,10 +156,13 @@ def draw_curves(folder: str) -> None:
         pyplot.close(figure)
 
 
-def main() -> None:
-    from utils.html_report import report_page
-    from utils.page import write_page
+def write_report(folders: Sequence[str], output: str, max_samples: int = 20000) -> None:
+    """Write these runs as one HTML page, with about `max_samples` replies of each.  Raises InputError."""
+    write_page(report_page(folders, CURVES, max_samples), output)
+    say(f"report: {output}")
 
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m utils.report",
         description="Write report.html: curves, samples, reward card and run.json of one or several runs on one page.",
@@ -165,10 +171,7 @@ def main() -> None:
     parser.add_argument("--output", help="file to write; by default report.html in the first RUN")
     parser.add_argument("--max_samples", type=int, default=20000, help="show about so many replies of each run")
     args = parser.parse_args()
-    page = report_page(args.runs, CURVES, args.max_samples)
-    output = args.output or os.path.join(args.runs[0], "report.html")
-    write_page(page, output)
-    say(f"report: {output}")
+    write_report(args.runs, args.output or os.path.join(args.runs[0], "report.html"), args.max_samples)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """report.html and compare.html in a real browser; run by scripts/test_browser.sh, which wants Chromium to be there."""
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -23,8 +24,18 @@ def write_run(folder: Path, seed: int) -> str:
     """10,000 samples: 200 prompts in each of 50 iterations; two metrics."""
     rng = random.Random(seed)
     folder.mkdir()
+    flat = {"constant": 0.05, "nought": 0.0, "huge": 3e9, "negative": -2.5}
     metrics = [
-        {"iteration": i, "score_mean": i + seed, "guard/x": float("nan") if i == 7 else 1.0} for i in range(1, 51)
+        {
+            "iteration": i,
+            "score_mean": i + seed,
+            "guard/x": float("nan") if i == 7 else 1.0,
+            **flat,
+            "nearly": 1 + i * 1e-7,
+            "tiny": 1e-6 * (51 - i),
+            "large": 2e7 * i,
+        }
+        for i in range(1, 51)
     ]
     samples = [
         {
@@ -170,6 +181,23 @@ def test_a_gap_is_a_gap_and_a_run_can_be_hidden(browser: Browser, pages: dict[st
     assert path.count("M") == 2  # iteration 7 is not a number
     browser.click("#curves input[type=checkbox]")
     assert browser.run("document.querySelectorAll('[data-metric=score_mean] path.line').length") == 1
+
+
+def test_every_axis_can_be_read(browser: Browser, pages: dict[str, Path]) -> None:
+    """At least two labels up and along, no two alike, none cut off or over another."""
+    browser.open(pages["one"])
+    axes = browser.run(
+        "[...document.querySelectorAll('.chart svg')].map(svg => [...svg.querySelectorAll('text')].map(text => "
+        "({anchor: text.getAttribute('text-anchor'), label: text.textContent, left: text.getBBox().x,"
+        "right: text.getBBox().x + text.getBBox().width, width: svg.clientWidth})))"
+    )
+    assert len(axes) == 9
+    for texts in axes:
+        up, along = ([text for text in texts if text["anchor"] == anchor] for anchor in ("end", "middle"))
+        for labels in (up, along):
+            assert len({text["label"] for text in labels}) == len(labels) >= 2, labels
+        assert all(text["left"] >= 0 and text["right"] <= text["width"] for text in texts), texts
+        assert all(one["right"] < other["left"] for one, other in itertools.pairwise(along)), along
 
 
 def luminance(colour: str) -> float:

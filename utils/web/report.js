@@ -27,13 +27,11 @@ function written(text, attributes) {
 const colourOf = (run) => `var(--c${run % COLOURS})`;
 const dashOf = (run) => DASHES[Math.floor(run / COLOURS) % DASHES.length];
 
-const short = (value) => value.toExponential(2).replace(/\.?0+e\+?/, "e");
-
 function shown(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (Number.isInteger(value) && size < 1e9) return String(value);
-  if (size >= 1e6 || size < 1e-3) return short(value);
+  if (size >= 1e6 || size < 1e-3) return value.toExponential(2).replace(/\.?0+e\+?/, "e");
   return String(Number(value.toPrecision(4)));
 }
 
@@ -44,12 +42,15 @@ function ticks(low, high, count) {
   const raw = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw * 0.999);
-  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+  const size = Math.max(Math.abs(low), Math.abs(high));
+  const finest = Math.floor(Math.log10(step) + 1e-9);
+  const label = (value) => {
+    if (size >= 1e-3 && size < 1e6) return value.toFixed(Math.max(0, -finest));
+    return value.toExponential(Math.max(0, Math.floor(Math.log10(Math.abs(value)) + 1e-9) - finest)).replace("e+", "e");
+  };
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) {
-    const value = i * step;
-    const plain = digits <= 4 && Math.abs(value) < 1e6;
-    found.push({ value, label: i === 0 ? "0" : plain ? value.toFixed(digits) : short(value) });
+    found.push({ value: i * step, label: i === 0 ? "0" : label(i * step) });
   }
   return found;
 }
@@ -64,7 +65,8 @@ function range(values) {
   }
   if (low > high || (low === 0 && high === 0)) return [0, 1];
   const middle = (low + high) / 2;
-  const half = Math.max((high - low) * 0.55, Math.max(Math.abs(low), Math.abs(high)) * 1e-3);
+  const size = Math.max(Math.abs(low), Math.abs(high));
+  const half = low === high ? size * 0.1 : Math.max((high - low) * 0.55, size * 1e-3);
   return [middle - half, middle + half];
 }
 
@@ -193,7 +195,8 @@ function drawSection(section) {
     });
     return element("label", { className: "key" }, box, swatch(run.number), name);
   });
-  const parts = [element("h2", { textContent: section.title }), element("div", { className: "bar" }, ...keys)];
+  const hint = element("span", { textContent: `over ${section.counter}s; point at a curve for its values` });
+  const parts = [element("h2", { textContent: section.title }), element("div", { className: "bar" }, ...keys, hint)];
   for (const group of section.groups) {
     const grid = element("div", { className: "charts" });
     for (const spec of group.charts) {
