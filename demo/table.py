@@ -17,21 +17,11 @@ import torch
 from peft import PeftModel
 
 from demo.gold import gold_score
-from utils.adapters import (
-    REWARD,
-    add_score_head,
-    enable_jobs,
-    load_adapter,
-    load_base,
-    load_tokenizer,
-    read_adapter,
-    score_job,
-    use_adapter,
-)
+from utils.adapters import load_base, load_tokenizer, read_adapter
+from utils.answers import answer, answer_sampling, load_side_by_side
 from utils.arguments import InputError, ModelArguments, run_script
 from utils.data import encode_prompt
 from utils.report import read_jsonl, write_json
-from utils.rollout import Sampling, make_batch, sample_replies
 
 BATCH = 64
 SHOWN = 3  # prompts whose replies are printed
@@ -55,29 +45,15 @@ class Row(NamedTuple):
 
 def judge(model: PeftModel, name: str, adapters: list[str], prompts: list[str], tokenizer, settings: dict) -> Row:
     """Let the model with `adapters` reply to every prompt, the seed of a reply being its prompt's number."""
-    sampling = Sampling(
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=settings["output_max_length"],
-        begin_suppress_tokens=(tokenizer.eos_token_id, tokenizer.pad_token_id),
-    )
-    replies, scores = [], []
-    for start in range(0, len(prompts), BATCH):
-        part = prompts[start : start + BATCH]
-        queries = [encode_prompt(prompt, settings["prompt_template"], tokenizer) for prompt in part]
-        with use_adapter(model, *adapters):
-            sampled = sample_replies(model, queries, range(start, start + len(part)), sampling)
-        batch = make_batch(queries, sampled, tokenizer.pad_token_id)
-        with torch.no_grad(), use_adapter(model, REWARD):
-            job = score_job(batch.attention_mask, REWARD)
-            scores += model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=job).tolist()
-        replies += sampled
-    texts = [text.strip() for text in tokenizer.batch_decode(replies, skip_special_tokens=True)]
+    queries = [encode_prompt(prompt, settings["prompt_template"], tokenizer) for prompt in prompts]
+    sampling = answer_sampling(tokenizer, settings["output_max_length"])
+    replies = answer(model, adapters, queries, range(len(prompts)), tokenizer, sampling, BATCH)
+    texts = [reply.text for reply in replies]
     return Row(
         name,
         gold=sum(gold_score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)) / len(prompts),
-        score=sum(scores) / len(scores),
-        length=sum(map(len, replies)) / len(replies),
+        score=sum(reply.score for reply in replies) / len(replies),
+        length=sum(len(reply.ids) for reply in replies) / len(replies),
         empty=sum(not text for text in texts) / len(texts),
         replies=texts,
     )
@@ -125,19 +101,13 @@ def main() -> None:
     model_args = ModelArguments(str(folder / "world" / "base"), settings["prompt_template"])
     tokenizer = load_tokenizer(model_args)
     base = load_base(model_args, torch.float32)
-    enable_jobs(base)
-    add_score_head(base)
-    sft = read_adapter(str(folder / "sft"), "--folder")
-    model = PeftModel(base, sft.config, "sft")
-    for name, path in [("sft", folder / "sft"), (REWARD, folder / "reward"), *((p.name, p) for p in checkpoints)]:
-        load_adapter(model, read_adapter(str(path), "--folder"), name)
-    model.eval()
+    folders = {"SFT": folder / "sft", **{f"PPO ({path.name.split('-')[1]})": path for path in checkpoints}}
+    adapters = {name: read_adapter(str(path), "--folder") for name, path in folders.items()}
+    model, models = load_side_by_side(base, adapters, read_adapter(str(folder / "reward"), "--folder"))
 
     # ---- Replies ----
     prompts = [row["prompt"] for row in read_jsonl(str(folder / "world" / "heldout_prompts.jsonl"))]
-    models = [("base", []), ("SFT", ["sft"])]
-    models += [(f"PPO ({path.name.split('-')[1]})", [path.name]) for path in checkpoints]
-    rows = [judge(model, name, adapters, prompts, tokenizer, settings) for name, adapters in models]
+    rows = [judge(model, name, active, prompts, tokenizer, settings) for name, active in models.items()]
 
     # ---- Report ----
     table = as_markdown(rows, prompts, card["accuracy"])

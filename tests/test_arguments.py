@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+import compare
 import reward_modeling
 import rl_training
 import sft_training
@@ -142,6 +143,7 @@ OURS = [
     reward_modeling.RewardArguments,
     sft_training.SFTArguments,
     PPOArguments,
+    compare.CompareArguments,
 ]
 
 

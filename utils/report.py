@@ -1,12 +1,17 @@
-"""What a run leaves behind for people: run.json, metrics.jsonl and pictures."""
+"""What a run leaves behind for people: run.json, metrics.jsonl, pictures, and a page with all of it.
 
+python -m utils.report output/ppo                     writes output/ppo/report.html
+python -m utils.report output/ppo other/ppo --output both.html
+"""
+
+import argparse
 import contextlib
 import json
 import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -14,7 +19,9 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from utils.adapters import base_fingerprint
-from utils.arguments import ModelArguments
+from utils.arguments import ModelArguments, run_script, say
+from utils.html_report import report_page
+from utils.page import write_page
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
 CURVES = {  # metrics of stage 3 -> title of the picture
@@ -165,3 +172,25 @@ def draw_curves(folder: str) -> None:
         figure.tight_layout()
         figure.savefig(os.path.join(folder, "plots", f"{metric}.png"))
         pyplot.close(figure)
+
+
+def write_report(folders: Sequence[str], output: str, max_samples: int = 20000) -> None:
+    """Write these runs as one HTML page, with about `max_samples` replies of each.  Raises InputError."""
+    write_page(report_page(folders, CURVES, max_samples), output)
+    say(f"report: {output}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.report",
+        description="Write report.html: curves, samples, reward card and run.json of one or several runs on one page.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a training script")
+    parser.add_argument("--output", help="file to write; by default report.html in the first RUN")
+    parser.add_argument("--max_samples", type=int, default=20000, help="show about so many replies of each run")
+    args = parser.parse_args()
+    write_report(args.runs, args.output or os.path.join(args.runs[0], "report.html"), args.max_samples)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from utils.adapters import Job
 from utils.arguments import InputError
@@ -143,12 +144,16 @@ def uniform_streams(seeds: Sequence[int], length: int) -> Tensor:
 
 @torch.no_grad()
 def sample_replies(
-    model: PreTrainedModel | PeftModel, queries: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
+    model: PreTrainedModel | PeftModel,
+    queries: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """One reply for each query, as token ids: up to and with EOS, or `max_new_tokens` long without one.
 
     seeds: one number a query; the same query with the same seed gives the same reply in any batch, up to the rounding
-    of the forward pass.
+    of the forward pass.  streamer: gets each token as soon as it is drawn; transformers has that for one query only.
     """
     device = next(model.parameters()).device
     flipped, flipped_mask = pad_right([query[::-1] for query in queries], sampling.pad_token_id)
@@ -161,7 +166,9 @@ def sample_replies(
         pad_token_id=sampling.pad_token_id,
     )
     draw = LogitsProcessorList([_Draw(mask.bool(), uniforms, sampling)])
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=draw)
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=draw, streamer=streamer
+    )
     replies = []
     for row in output[:, ids.shape[1] :].tolist():
         end = row.index(sampling.eos_token_id) + 1 if sampling.eos_token_id in row else len(row)

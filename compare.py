@@ -1,0 +1,301 @@
+"""The same prompts through several adapters, side by side: base, SFT, RLHF(10), RLHF(16) ... in one table a prompt.
+
+    python compare.py --base_model_name BASE --adapters SFT=output/sft "RLHF (10)=output/ppo/checkpoint-10" \\
+        PPO=output/ppo --reward_model_lora_path output/reward --prompts prompts.jsonl --output_dir output/compare
+
+The base is held once and the adapters are switched; the bare base answers too.  Every reply has a seed of its own, made
+of --seed and the prompt: it does not depend on the other prompts, their order or the batch.  Replies come from the whole
+distribution, as PPO samples them.  Writes compare.md, compare.html (opens offline) and compare.jsonl (every reply).
+"""
+
+import html
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from utils.adapters import load_base, load_tokenizer
+from utils.answers import (
+    AnswerArguments,
+    Reply,
+    answer,
+    answer_sampling,
+    check_lineup,
+    choose_device,
+    load_side_by_side,
+    longest_query,
+    read_lineup,
+    reply_seed,
+)
+from utils.arguments import InputError, check_new_folder, parse_arguments, run_script, say
+from utils.data import FILE_FORMATS, check_template, read_dataset, tokenize_prompts
+from utils.page import html_page, write_page
+from utils.report import append_jsonl
+from utils.statistics import wilson_interval
+
+DEFAULT_PROMPTS = (
+    "你好！请介绍一下你自己。",
+    "今天心情不太好，怎么办？",
+    "怎样才能睡得更好？",
+    "What is a good way to learn a language?",
+    "Can you explain what a rainbow is?",
+)
+
+
+@dataclass
+class CompareArguments(AnswerArguments):
+    """What is asked, and where the tables go."""
+
+    prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "A .jsonl/.json/.csv/.parquet file with a prompt column, a .txt file with a prompt a line, or the "
+            "text of one prompt.  Default: a few general questions."
+        },
+    )
+    max_prompts: int = field(default=100, metadata={"help": "Take the first so many prompts; -1: all."})
+    batch_size: int = field(default=16, metadata={"help": "Replies that are sampled at once."})
+    output_dir: str = field(default="output/compare", metadata={"help": "Folder for the tables."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_prompts < -1 or self.max_prompts == 0:
+            raise InputError(f"--max_prompts is {self.max_prompts}; give a number of prompts, or -1 for all")
+        if self.batch_size < 1:
+            raise InputError(f"--batch_size is {self.batch_size}; give a number above 0")
+
+
+class Answers(NamedTuple):
+    """One model's replies to all prompts."""
+
+    name: str
+    replies: list[Reply]
+
+
+class Summary(NamedTuple):
+    """One model in figures."""
+
+    name: str
+    score: float | None  # mean, as the reward model gives it
+    length: float  # mean, tokens
+    distinct_1: float  # different tokens as a share of all tokens
+    distinct_2: float
+    empty: float  # share of replies without text
+    wins: tuple[float, float, float] | None  # win rate against the first adapter with its 95% interval
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(words: str | None) -> Dataset:
+    """Rows of the file that --prompts names, or its own text as the one row.  Raises InputError."""
+    if words is None:
+        return Dataset.from_dict({"prompt": DEFAULT_PROMPTS})
+    suffix = os.path.splitext(words)[1].lower()
+    if suffix == ".txt":
+        try:
+            with open(words, encoding="utf-8-sig") as file:
+                lines = [line.strip() for line in file]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read --prompts {words}: {error}; give a text file in UTF-8") from error
+        return Dataset.from_dict({"prompt": lines})
+    if suffix in FILE_FORMATS or os.path.exists(words):
+        if not os.path.exists(words):
+            raise InputError(f"there is no file {words}; check --prompts")
+        return read_dataset(words)
+    say("--prompts names no file: it is taken as the text of one prompt")
+    return Dataset.from_dict({"prompt": [words]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def distinct(replies: Sequence[Sequence[int]], n: int) -> float:
+    """Different n-grams as a share of all n-grams in the replies together (Li et al. 2016, arXiv:1510.03055, section 5).
+
+    0 where there is no n-gram at all.
+    """
+    grams = [tuple(reply[i : i + n]) for reply in replies for i in range(len(reply) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def win_rate(scores: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """Share of the prompts where `scores` is above `others`, a tie as half, with its 95% interval."""
+    wins = sum(0.5 if own == other else float(own > other) for own, other in zip(scores, others, strict=True))
+    share = wins / len(scores)
+    return share, *wilson_interval(share, len(scores))
+
+
+def summarise(answers: Answers, first: Answers, eos_token_id: int) -> Summary:
+    """The figures of one model; `first` is the one it is compared with."""
+    replies = answers.replies
+    scores = [reply.score for reply in replies]
+    scored = scores[0] is not None
+    tokens = [[token for token in reply.ids if token != eos_token_id] for reply in replies]
+    return Summary(
+        answers.name,
+        score=sum(scores) / len(scores) if scored else None,
+        length=sum(len(reply.ids) for reply in replies) / len(replies),
+        distinct_1=distinct(tokens, 1),
+        distinct_2=distinct(tokens, 2),
+        empty=sum(not reply.text for reply in replies) / len(replies),
+        wins=win_rate(scores, [reply.score for reply in first.replies]) if scored and answers is not first else None,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def summary_table(summaries: Sequence[Summary], first: str) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the summary; the columns of the reward model are left out where there is none."""
+    scored = summaries[0].score is not None
+    head = ["model", "reply length", "distinct-1", "distinct-2", "empty replies"]
+    rows = [
+        [s.name, f"{s.length:.1f}", f"{s.distinct_1:.3f}", f"{s.distinct_2:.3f}", f"{s.empty:.1%}"] for s in summaries
+    ]
+    if scored:
+        head[1:1] = ["score", f"wins against {first} (95% interval)"]
+        for row, summary in zip(rows, summaries, strict=True):
+            wins = "–" if summary.wins is None else "{:.0%} ({:.0%} to {:.0%})".format(*summary.wins)
+            row[1:1] = [f"{summary.score:.3f}", wins]
+    return head, rows
+
+
+def prompt_tables(prompts: Sequence[str], models: Sequence[Answers]) -> list[tuple[str, list[list[str]]]]:
+    """For each prompt its text and one row a model: name, reply and, where there is one, the score."""
+    tables = []
+    for number, prompt in enumerate(prompts):
+        replies = [(model.name, model.replies[number]) for model in models]
+        rows = [[name, r.text] + ([] if r.score is None else [f"{r.score:.2f}"]) for name, r in replies]
+        tables.append((prompt, rows))
+    return tables
+
+
+def markdown_cell(text: str) -> str:
+    """Text that a Markdown table shows as it is, in one cell: no markup, no HTML, no column or row ends in it."""
+    text = html.escape(text, quote=False).replace("|", "&#124;")
+    text = re.sub(r"([\\`*_\[\]~$])", r"\\\1", text)
+    return "<br>".join(text.splitlines())
+
+
+def as_markdown(
+    facts: str,
+    summary: tuple[list[str], list[list[str]]],
+    tables: Sequence[tuple[str, list[list[str]]]],
+) -> str:
+    """compare.md."""
+
+    def row(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(map(markdown_cell, cells)) + " |"
+
+    head, rows = summary
+    lines = [
+        "# Models side by side",
+        "",
+        markdown_cell(facts),
+        "",
+        row(head),
+        "|---" * len(head) + "|",
+        *map(row, rows),
+    ]
+    for prompt, rows in tables:
+        scored = len(rows[0]) == 3
+        lines += ["", row(["prompt", prompt, *["score"] * scored]), "|---" * len(rows[0]) + "|", *map(row, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def as_html(
+    facts: str,
+    summary: tuple[list[str], list[list[str]]],
+    tables: Sequence[tuple[str, list[list[str]]]],
+) -> str:
+    """compare.html.  dir="auto" lets each cell run in the direction of its own script."""
+
+    def cell(text: str, tag: str, kind: str) -> str:
+        return f'<{tag} class="{kind}" dir="auto">{html.escape(text)}</{tag}>'
+
+    head, rows = summary
+    parts = ["<h1>Models side by side</h1>", f'<p class="note">{html.escape(facts)}</p>', '<div class="scroll"><table>']
+    parts.append("<tr>" + "".join(cell(title, "th", "name") for title in head) + "</tr>")
+    for row in rows:
+        parts.append(
+            "<tr>" + cell(row[0], "th", "name") + "".join(cell(text, "td", "number") for text in row[1:]) + "</tr>"
+        )
+    parts.append("</table></div>")
+    for prompt, rows in tables:
+        score = cell("score", "th", "number") if len(rows[0]) == 3 else ""
+        parts.append('<table class="answers">')
+        parts.append("<tr>" + cell("prompt", "th", "name") + cell(prompt, "th", "text") + score + "</tr>")
+        for name, text, *scores in rows:
+            scored = "".join(cell(figure, "td", "number") for figure in scores)
+            parts.append("<tr>" + cell(name, "th", "name") + cell(text, "td", "text") + scored + "</tr>")
+        parts.append("</table>")
+    return html_page("Models side by side", "\n".join(parts))
+
+
+def main() -> None:
+    # ---- Arguments ----
+    (args,) = parse_arguments((CompareArguments,), description="The same prompts through several adapters.")
+    check_new_folder(args.output_dir)
+    lineup = read_lineup(args)
+    device, dtype = choose_device(args)
+
+    # ---- Tokenizer and data ----
+    tokenizer = load_tokenizer(args)
+    check_template(lineup.template, tokenizer)
+    sampling = answer_sampling(tokenizer, args.output_max_length, args.temperature)
+    rows = read_prompts(args.prompts)
+
+    # ---- Model ----
+    base = load_base(args, dtype)
+    check_lineup(lineup, base)
+    asked = tokenize_prompts(rows, lineup.template, tokenizer, longest_query(base, args.output_max_length))
+    if 0 < args.max_prompts < len(asked):
+        say(f"the first {args.max_prompts} of {len(asked)} prompts are taken; --max_prompts changes that")
+        asked = asked.select(range(args.max_prompts))
+    model, active = load_side_by_side(base.to(device), lineup.adapters, lineup.reward)
+
+    # ---- Replies ----
+    prompts, queries = list(asked["prompt"]), list(asked["input_ids"])
+    seeds = [reply_seed(args.seed, prompt) for prompt in prompts]
+    models = []
+    with tqdm(total=len(prompts) * len(active), desc="replies", unit="reply") as bar:
+        for title, used in active.items():
+            replies = answer(model, used, queries, seeds, tokenizer, sampling, args.batch_size, bar.update)
+            models.append(Answers(title, replies))
+
+    # ---- Save ----
+    first = models[1]  # behind the bare base
+    summaries = [summarise(answers, first, tokenizer.eos_token_id) for answers in models]
+    facts = (
+        f"{len(prompts)} prompts; base {args.model_name_or_path}; temperature {args.temperature}, at most "
+        f"{args.output_max_length} tokens a reply, seed {args.seed}"
+    )
+    facts += "" if lineup.reward is None else f"; scores from {lineup.reward.path}"
+    tables = prompt_tables(prompts, models)
+    summary = summary_table(summaries, first.name)
+    os.makedirs(args.output_dir, exist_ok=True)
+    with open(os.path.join(args.output_dir, "compare.md"), "w", encoding="utf-8") as file:
+        file.write(as_markdown(facts, summary, tables))
+    write_page(as_html(facts, summary, tables), os.path.join(args.output_dir, "compare.html"))
+    records = [
+        {"prompt": prompt, "model": model.name, "response": reply.text, "score": reply.score, "length": len(reply.ids)}
+        for number, prompt in enumerate(prompts)
+        for model, reply in ((model, model.replies[number]) for model in models)
+    ]
+    append_jsonl(records, args.output_dir, "compare.jsonl")
+    say(f"side by side: {args.output_dir}/compare.md, compare.html and compare.jsonl")
+
+
+if __name__ == "__main__":
+    run_script(main)

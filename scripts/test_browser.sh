@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Opens the pages that the toolkit writes in headless Chromium: filter, sort, hover, light and dark, hostile texts.
+# Apart from scripts/test.sh because Chromium is no Python package: on Debian and Ubuntu `apt-get install chromium`.
+#   bash scripts/test_browser.sh                arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if ! command -v chromium chromium-browser google-chrome > /dev/null; then
+  echo "error: there is no Chromium; on Debian and Ubuntu: apt-get install chromium" >&2
+  exit 2
+fi
+source scripts/setup_venv.sh requirements-dev.txt
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+python -m pytest tests/browser/check_report.py "$@"

@@ -1,0 +1,238 @@
+"""report.html and compare.html in a real browser; run by scripts/test_browser.sh, which wants Chromium to be there."""
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from compare import as_html
+from tests.browser.chromium import Browser
+from utils.html_report import report_page
+from utils.page import write_page
+from utils.report import CURVES
+
+SCRIPT = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">"
+ARABIC, EMOJI, LONG = "مرحبا، كيف حالك؟", "😀 👩‍👩‍👧‍👦 \u2028 end", "long 长 " * 3000
+PROMPTS = [SCRIPT, ARABIC, EMOJI, LONG, *(f"question {i} 问题" for i in range(196))]
+ROWS = "[...document.querySelectorAll('#samples tbody tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+
+
+def write_run(folder: Path, seed: int) -> str:
+    """10,000 samples: 200 prompts in each of 50 iterations; two metrics."""
+    rng = random.Random(seed)
+    folder.mkdir()
+    flat = {"constant": 0.05, "nought": 0.0, "huge": 3e9, "negative": -2.5}
+    metrics = [
+        {
+            "iteration": i,
+            "score_mean": i + seed,
+            "guard/x": float("nan") if i == 7 else 1.0,
+            **flat,
+            "nearly": 1 + i * 1e-7,
+            "tiny": 1e-6 * (51 - i),
+            "large": 2e7 * i,
+        }
+        for i in range(1, 51)
+    ]
+    samples = [
+        {
+            "iteration": i,
+            "prompt": prompt,
+            "response": f"reply {i} of run {seed}",
+            "score": rng.gauss(0, 1),
+            "length": 9,
+        }
+        for i in range(1, 51)
+        for prompt in PROMPTS
+    ]
+    for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    record = {"stage": "ppo", "base_model": SCRIPT, "seed": seed, "best": {"iteration": 30}}
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run, and the same beside a second one."""
+    folder = tmp_path_factory.mktemp("pages")
+    runs = [write_run(folder / name, seed) for seed, name in enumerate(("one", "two"))]
+    files = {"one": folder / "one.html", "both": folder / "both.html", "compare": folder / "compare.html"}
+    write_page(report_page(runs[:1], CURVES, 20000), str(files["one"]))
+    write_page(report_page(runs, CURVES, 20000), str(files["both"]))
+    tables = [(prompt, [["base", prompt, "1.00"], ["SFT", "x" * 5000, "2.00"]]) for prompt in PROMPTS[:4]]
+    summary = (["model", "score"], [["base", "1.000"], ["SFT", "2.000"]])
+    write_page(as_html(SCRIPT, summary, tables), str(files["compare"]))
+    return files
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    """A fresh browser; whatever a test does, the console stays clean and no address but the page's own is asked for."""
+    browser = Browser(tmp_path / "profile")
+    yield browser
+    problems, requests = browser.problems, browser.requests
+    browser.close()
+    assert problems == []
+    assert requests
+    assert all(address.startswith(("file://", "about:")) for address in requests)
+
+
+def count_shown(browser: Browser) -> str:
+    return browser.run("document.querySelector('#samples [aria-live]').textContent")
+
+
+def test_texts_are_shown_as_text(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["one"])
+    browser.click("#samples thead button")  # iterations upwards
+    rows = browser.run(ROWS)
+    assert [row[-2] for row in rows[:4]] == [SCRIPT, ARABIC, EMOJI, LONG]
+    assert browser.run("document.title") == "one"
+    assert browser.run("document.querySelectorAll('img').length") == 0
+    direction = "getComputedStyle(document.querySelectorAll('#samples tbody tr')[{}].cells[3].firstChild).direction"
+    assert [browser.run(direction.format(row)) for row in (0, 1)] == ["ltr", "rtl"]
+
+
+def test_nothing_is_wider_than_the_window(browser: Browser, pages: dict[str, Path]) -> None:
+    for name in pages:
+        browser.open(pages[name])
+        for width in (1200, 420):
+            browser.call(
+                "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+            )
+            assert browser.run("document.documentElement.scrollWidth <= innerWidth"), (name, width)
+
+
+def test_ten_thousand_samples_are_filtered_in_less_than_a_second(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["one"])
+    assert count_shown(browser) == "10,000 of 10,000 replies, page 1 of 200"
+    assert len(browser.run(ROWS)) == 50
+    seconds = browser.run(
+        "new Promise(done => { const field = document.querySelector('input[type=search]'); const start = performance.now();"
+        "field.value = 'QUESTION 17 '; field.dispatchEvent(new Event('input'));"
+        "requestAnimationFrame(() => setTimeout(() => done((performance.now() - start) / 1000))); })"
+    )
+    print(f"filtered in {seconds:.3f} s")
+    assert count_shown(browser) == "50 of 10,000 replies, page 1 of 1"
+    assert seconds < 1
+
+
+def test_filter_sort_and_pages(browser: Browser, pages: dict[str, Path]) -> None:
+    """Against the same done in Python."""
+    samples = [json.loads(line) for line in (pages["one"].parent / "one" / "samples.jsonl").open(encoding="utf-8")]
+    browser.open(pages["one"])
+    browser.type("input[type=search]", "Reply 12 ")
+    wanted = [row for row in samples if row["iteration"] == 12]
+    assert count_shown(browser) == "200 of 10,000 replies, page 1 of 4"
+    browser.click("#samples thead th:nth-child(2) button")  # score, from the top
+    wanted.sort(key=lambda row: -row["score"])
+    assert [row[-2] for row in browser.run(ROWS)] == [row["prompt"] for row in wanted[:50]]
+    browser.click("#samples .bar button:nth-child(2)")  # next page
+    assert [row[-2] for row in browser.run(ROWS)] == [row["prompt"] for row in wanted[50:100]]
+    browser.click("#samples thead th:nth-child(2) button")  # from the bottom
+    assert [row[-2] for row in browser.run(ROWS)] == [row["prompt"] for row in wanted[:-51:-1]]
+    browser.run(
+        "const list = document.querySelector('select'); list.value = '13'; list.dispatchEvent(new Event('change'))"
+    )
+    assert count_shown(browser) == "0 of 10,000 replies, page 1 of 1"
+    browser.type("input[type=search]", "مرحبا")
+    assert [row[-2] for row in browser.run(ROWS)] == [ARABIC]
+
+
+def test_a_prompt_across_iterations_side_by_side(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["both"])
+    browser.click("#samples tbody tr td")
+    assert browser.run("document.querySelector('dialog').open")
+    assert browser.run("document.querySelector('dialog .prompt').textContent") == SCRIPT
+    texts = browser.run("[...document.querySelectorAll('.reply .plain')].map(node => node.textContent)")
+    assert texts == [f"reply {i} of run {seed}" for i in range(1, 51) for seed in (0, 1)]
+    in_sight = browser.run(
+        "(() => { const box = document.querySelector('.reply.chosen').getBoundingClientRect();"
+        "return box.top >= 0 && box.bottom <= innerHeight; })()"
+    )
+    assert in_sight
+    assert browser.run("document.querySelector('.reply.chosen .plain').textContent") == "reply 50 of run 0"
+    browser.click("dialog button")
+    assert not browser.run("document.querySelector('dialog').open")
+
+
+def test_hover_tells_the_values(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["both"])
+    chart = '[data-metric="score_mean"]'
+    assert browser.run(f"document.querySelectorAll('{chart} path.line').length") == 2
+    assert browser.run(f"document.querySelectorAll('{chart} line.best').length") == 2
+    browser.move(f"{chart} svg")
+    lines = browser.run(f"[...document.querySelectorAll('{chart} .tip .value')].map(node => node.textContent)")
+    iteration = int(
+        browser.run(f"document.querySelector('{chart} .tip').firstChild.textContent").removeprefix("iteration ")
+    )
+    assert 20 < iteration < 32
+    assert lines == [f"one: {iteration}", f"two: {iteration + 1}"]
+    browser.move("h1")
+    assert browser.run(f"document.querySelector('{chart} .tip').hidden")
+
+
+def test_a_gap_is_a_gap_and_a_run_can_be_hidden(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["both"])
+    path = browser.run("document.querySelector('[data-metric=\"guard/x\"] path.line').getAttribute('d')")
+    assert path.count("M") == 2  # iteration 7 is not a number
+    browser.click("#curves input[type=checkbox]")
+    assert browser.run("document.querySelectorAll('[data-metric=score_mean] path.line').length") == 1
+
+
+def test_every_axis_can_be_read(browser: Browser, pages: dict[str, Path]) -> None:
+    """At least two labels up and along, no two alike, none cut off or over another."""
+    browser.open(pages["one"])
+    axes = browser.run(
+        "[...document.querySelectorAll('.chart svg')].map(svg => [...svg.querySelectorAll('text')].map(text => "
+        "({anchor: text.getAttribute('text-anchor'), label: text.textContent, left: text.getBBox().x,"
+        "right: text.getBBox().x + text.getBBox().width, width: svg.clientWidth})))"
+    )
+    assert len(axes) == 9
+    for texts in axes:
+        up, along = ([text for text in texts if text["anchor"] == anchor] for anchor in ("end", "middle"))
+        for labels in (up, along):
+            assert len({text["label"] for text in labels}) == len(labels) >= 2, labels
+        assert all(text["left"] >= 0 and text["right"] <= text["width"] for text in texts), texts
+        assert all(one["right"] < other["left"] for one, other in itertools.pairwise(along)), along
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of "rgb(r, g, b)" (WCAG 2.2)."""
+    parts = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_are_readable(browser: Browser, pages: dict[str, Path], scheme: str) -> None:
+    """Contrast of at least 4.5 for text and 3 for curves, as WCAG asks."""
+    browser.open(pages["both"])
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    colour = "getComputedStyle(document.querySelector('{}')).{}"
+    page = browser.run(colour.format("body", "backgroundColor"))
+    panel = browser.run(colour.format(".chart", "backgroundColor"))
+    assert (luminance(page) < 0.2) == (scheme == "dark")
+    assert contrast(browser.run(colour.format("body", "color")), page) > 4.5
+    assert contrast(browser.run(colour.format("p.note", "color")), page) > 4.5
+    assert contrast(browser.run(colour.format(".chart text", "fill")), panel) > 4.5
+    for number in range(8):
+        browser.run(f"document.querySelector('path.line').style.stroke = 'var(--c{number})'")
+        assert contrast(browser.run(colour.format("path.line", "stroke")), panel) > 3, number
+
+
+def test_compare_page(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["compare"])
+    assert browser.run("document.title") == "Models side by side"
+    assert (
+        browser.run("[...document.querySelectorAll('.answers tr:nth-child(2) td.text')].map(c => c.textContent)")
+        == PROMPTS[:4]
+    )

@@ -1,0 +1,252 @@
+"""chat.py in a real terminal: replies stream and are the models' own, commands do what /help says."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+from transformers.generation.streamers import BaseStreamer
+
+import chat
+from tests.conftest import make_tokenizer
+from tests.helpers import load_plain
+from tests.lineup import TEMPLATE, Lineup, make_lineup
+from utils.answers import answer_sampling, reply_seed
+from utils.arguments import run_script
+from utils.data import encode_prompt
+from utils.rollout import sample_replies
+
+ROOT = Path(__file__).resolve().parent.parent
+LENGTH = 12  # tokens of the longest reply
+
+
+@pytest.fixture(scope="module")
+def lineup(tmp_path_factory: pytest.TempPathFactory) -> Lineup:
+    return make_lineup(tmp_path_factory.mktemp("lineup"))
+
+
+def arguments(lineup: Lineup, *more: str) -> list[str]:
+    words = ["--base_model_name", lineup.base, "--adapters", f"SFT={lineup.sft}", f"v1.5={lineup.ppo}"]
+    return [*words, "--output_max_length", str(LENGTH), *more]
+
+
+class Terminal:
+    """chat.py on a pseudo-terminal."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.master, slave = pty.openpty()
+        environment = {**os.environ, "TERM": "dumb", "COLUMNS": "400", "PYTHONIOENCODING": "utf-8"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "chat.py"), *words],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=environment,
+            start_new_session=True,
+        )
+        os.close(slave)
+
+    def read(self, until: str, seconds: float = 120) -> str:
+        """What is on the screen from here to the regular expression `until`, which has to end it."""
+        text, deadline = b"", time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            ready, _, _ = select.select([self.master], [], [], 0.2)
+            if ready:
+                try:
+                    text += os.read(self.master, 4096)
+                except OSError:  # what Linux says when the other side is gone
+                    return clean(text)
+                if re.search(until + r"$", clean(text)):
+                    return clean(text)
+        raise AssertionError(f"waited for {until!r}, found {clean(text)!r}")
+
+    def ask(self, line: str, until: str = r"\[[^\]]+\] ") -> str:
+        """Type a line; what is shown behind its echo, up to the next prompt."""
+        os.write(self.master, line.encode() + b"\n")
+        shown = self.read(r"\n(.*\n)*" + until)
+        return re.sub(until + "$", "", shown.split("\n", 1)[1])
+
+    def close(self) -> int:
+        """Exit code of a program that ends by itself."""
+        code = self.process.wait(timeout=60)
+        os.close(self.master)
+        return code
+
+
+def clean(raw: bytes) -> str:
+    """Without the colours and modes that a terminal library may switch."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", raw.decode(errors="replace")).replace("\r\n", "\n")
+
+
+@pytest.fixture
+def terminal(lineup: Lineup) -> Iterator[Terminal]:
+    terminal = Terminal(arguments(lineup, "--reward_model_lora_path", lineup.reward))
+    greeting = terminal.read(r"\[SFT\] ")
+    assert f"{lineup.base} with base, SFT, v1.5; /help lists the commands" in greeting
+    yield terminal
+    if terminal.process.poll() is None:
+        terminal.process.kill()
+        terminal.close()
+
+
+def expected(lineup: Lineup, adapter: str | None, dialogue: list[str], asked: int) -> tuple[str, list[int], list[int]]:
+    """Text, query and reply of one model alone; dialogue: questions and replies in turn, a question at the end."""
+    model = load_plain(lineup.base)
+    model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(dialogue)]
+    tokenizer = make_tokenizer()
+    query = encode_prompt(turns, TEMPLATE, tokenizer)
+    seed = reply_seed(0, f"{asked} {dialogue[-1]}")
+    (reply,) = sample_replies(model, [query], [seed], answer_sampling(tokenizer, LENGTH))
+    return tokenizer.decode(reply, skip_special_tokens=True), query, reply
+
+
+def test_a_conversation(lineup: Lineup, terminal: Terminal) -> None:
+    """Two questions, a switch and a score; each reply against the model loaded alone, each score against transformers."""
+    first, query, reply = expected(lineup, lineup.sft, ["你好 tea?"], 1)
+    assert terminal.ask("你好 tea?") == chat.printable(first) + "\n"
+    base = AutoModelForSequenceClassification.from_pretrained(lineup.base, num_labels=1, dtype=torch.float32)
+    judge = PeftModel.from_pretrained(base, lineup.reward).eval()
+    with torch.no_grad():
+        score = float(judge(input_ids=torch.tensor([[*query, *reply]])).logits)
+    assert terminal.ask("/score") == f"SFT: {score:.3f}\n"
+
+    assert terminal.ask("/adapter v1.5") == ""
+    second, _, _ = expected(lineup, lineup.ppo, ["你好 tea?", first.strip(), "dogs"], 2)
+    assert terminal.ask("dogs") == chat.printable(second) + "\n"
+    assert terminal.ask("/adapter") == "models: base, SFT, v1.5 (now)\n"
+    assert terminal.ask("/adapter none") == "there is no none\nmodels: base, SFT, v1.5 (now)\n"
+
+    assert terminal.ask("/new") == ""
+    third, _, _ = expected(lineup, lineup.ppo, ["dogs"], 3)
+    assert terminal.ask("dogs") == chat.printable(third) + "\n"
+    os.write(terminal.master, b"/quit\n")
+    assert terminal.close() == 0
+
+
+def test_all_models_answer(lineup: Lineup, terminal: Terminal) -> None:
+    models = {"base": None, "SFT": lineup.sft, "v1.5": lineup.ppo}
+    assert terminal.ask("/all") == "ask something first, or write /all TEXT\n"
+    assert terminal.ask("/score") == "nothing to score yet; ask something first\n"
+    texts = {name: expected(lineup, path, ["rice?"], 1)[0] for name, path in models.items()}
+    assert len(set(texts.values())) == 3, "models that say the same prove nothing"
+    shown = "".join(f"--- {name}\n{chat.printable(text)}\n" for name, text in texts.items())
+    assert terminal.ask("/all rice?") == shown
+    assert re.fullmatch(r"base: -?\d+\.\d{3}\nSFT: -?\d+\.\d{3}\nv1\.5: -?\d+\.\d{3}\n", terminal.ask("/score"))
+    assert terminal.ask("/all") == shown  # the same question again, as if it had not been asked before
+    follow_up, _, _ = expected(lineup, lineup.sft, ["rice?", texts["SFT"].strip(), "soup"], 2)
+    assert terminal.ask("soup") == chat.printable(follow_up) + "\n"  # the dialogue holds the current model's reply
+    os.write(terminal.master, b"\x04")  # Ctrl-D
+    assert terminal.close() == 0
+
+
+def test_help_and_mistakes_do_not_end_the_chat(terminal: Terminal) -> None:
+    assert terminal.ask("/help") == chat.HELP + "\n"
+    assert terminal.ask("/nonsense").startswith("there is no command /nonsense\n")
+    assert terminal.ask("") == ""
+    assert terminal.ask("x" * 300).startswith("error: that is ")  # the tiny base has 256 positions
+    assert terminal.ask("dogs").endswith("\n")
+    terminal.process.send_signal(signal.SIGINT)
+    assert "(stopped; /quit ends the chat)" in terminal.read(r"chat\)\n\[SFT\] ")
+    os.write(terminal.master, b"/quit\n")
+    assert terminal.close() == 0
+
+
+def session(lineup: Lineup, longest: int = 200) -> chat.Session:
+    """A session with the bare base alone."""
+    tokenizer = make_tokenizer()
+    model = PeftModel.from_pretrained(load_plain(lineup.base), lineup.sft)
+    sampling = answer_sampling(tokenizer, LENGTH)
+    return chat.Session(model, tokenizer, TEMPLATE, sampling, longest, {"base": []}, "base", seed=0)
+
+
+def test_the_oldest_turns_are_dropped(lineup: Lineup) -> None:
+    talk = session(lineup, longest=40)
+    talk.turns = [{"role": r, "content": r * 3} for r in ("user", "assistant")] + [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    query = talk.encode("c")
+    assert talk.tokenizer.decode(query) == "Q: a\nA:b\n\nQ: c\nA:"
+    assert [turn["content"] for turn in talk.turns] == ["a", "b"]
+
+
+def test_an_interrupted_reply_is_forgotten(lineup: Lineup, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    talk = session(lineup)
+    talk.obey("first")
+    before = talk.turns
+    lines = iter(["second", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+
+    def interrupted(self: chat.Session, name: str, query: list[int]) -> list[int]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat.Session, "reply", interrupted)
+    chat.converse(talk)
+    assert talk.turns == before
+    assert talk.last == []
+    assert "(stopped" in capsys.readouterr().out
+
+
+def test_without_a_reward_model(lineup: Lineup, capsys: pytest.CaptureFixture[str]) -> None:
+    session(lineup).obey("/score")
+    assert capsys.readouterr().out == "there is no reward model; start with --reward_model_lora_path FOLDER\n"
+
+
+def test_tokens_are_streamed_one_by_one(lineup: Lineup) -> None:
+    """The streamer gets the prompt, then every token alone, before the reply is returned."""
+
+    class Recorder(BaseStreamer):
+        def __init__(self) -> None:
+            self.pieces: list[list[int]] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.pieces.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.ended = True
+
+    recorder = Recorder()
+    sampling = answer_sampling(make_tokenizer(), LENGTH)
+    (reply,) = sample_replies(load_plain(lineup.base), [[5, 6, 7]], [0], sampling, recorder)
+    assert recorder.pieces == [[5, 6, 7], *([token] for token in reply)]
+    assert recorder.ended
+
+
+def test_a_reply_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = make_tokenizer()
+    streamer = chat.TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.put(torch.tensor([[5, 6]]))
+    for token in tokenizer("a \x1b[31mred\x07 \x9b2J\r\n\t好 😀 end", add_special_tokens=False)["input_ids"]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert capsys.readouterr().out == "a [31mred 2J\n\t好 😀 end\n"
+
+
+def test_mistakes_are_one_line(lineup: Lineup, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    cases = [
+        (["--adapters"], "expected at least one argument"),
+        (["--adapters", f"SFT={lineup.reward}"], "is a reward adapter"),
+        (["--adapters", f"SFT={lineup.sft}", "--reward_model_lora_path", lineup.sft], "holds no score head"),
+        (["--adapters", f"SFT={lineup.sft}", "--output_max_length", "256"], "leaves no room for a prompt"),
+    ]
+    for words, message in cases:
+        monkeypatch.setattr(sys, "argv", ["chat.py", "--base_model_name", lineup.base, *words])
+        with pytest.raises(SystemExit) as stop:
+            run_script(chat.main)
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert stop.value.code == 2
+        assert len(errors) == 1
+        assert message in errors[0]

@@ -1,0 +1,244 @@
+"""report.html, as far as it can be judged without a browser; scripts/test_browser.sh opens it in one."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pages import Page
+from utils.arguments import InputError
+from utils.html_report import best_count, chosen_samples, group_metrics, read_run, report_page, short_names
+from utils.page import POLICY, WEB, embed_json
+from utils.report import CURVES
+
+ROOT = Path(__file__).resolve().parent.parent
+NASTY = "</script><script>alert(1)</script> <!-- مرحبا 😀 \u2028 & \x00 \\u003c"
+
+
+def write_run(folder: Path, stage: str = "ppo", metrics: str | None = None, **record: object) -> str:
+    """A small run whose texts try to break the page."""
+    folder.mkdir(parents=True)
+    counter = "iteration" if stage == "ppo" else "step"
+    lines = [
+        {counter: 1, "score_mean": 0.5, "kl": 0.0, "guard/limit": 3.0, "guard/steep": float("nan"), "note": "text"},
+        {counter: 2, "score_mean": 0.75, "kl": 0.25, "guard/limit": 3.0, "guard/steep": 0.5},
+        {counter: 2, "eval_score_mean": 0.625},
+        {counter: 2, "train_runtime": 12.5},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) if metrics is None else metrics
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    run = {
+        "stage": stage,
+        "base_model": NASTY,
+        "arguments": {"learning_rate": 1e-5, "nested": {"deep": [1, 2]}},
+        **record,
+    }
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    if stage == "ppo":
+        samples = [
+            {
+                "iteration": i,
+                "prompt": prompt,
+                "response": f"{NASTY}{i}",
+                "score": i / 2,
+                "kl": 0.1,
+                "length": 7,
+                "gold": i,
+            }
+            for i in (1, 2)
+            for prompt in (NASTY, "plain")
+        ]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
+    return str(folder)
+
+
+def page_of(*folders: str, most: int = 1000) -> str:
+    return report_page(folders, CURVES, most)
+
+
+def data_of(page: str) -> dict:
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, flags=re.DOTALL)
+    return json.loads(found)
+
+
+# ---- Text stays text ----
+
+
+def test_any_text_survives_the_page(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "<i>ppo"))
+    parsed = Page(page)
+    assert parsed.tags.count("script") == 2  # the data and the script, none out of a prompt
+    assert "i" not in parsed.tags
+    data = data_of(page)
+    assert data["samples"]["prompts"] == [NASTY, "plain"]
+    assert [row[-1] for row in data["samples"]["rows"]] == [NASTY + "1"] * 2 + [NASTY + "2"] * 2
+    assert ["base_model", NASTY] in parsed.tables[-1]
+
+
+def test_embedded_json_cannot_end_its_element() -> None:
+    text = embed_json({"a": NASTY, "b": [float("nan"), float("inf"), 1.5], 3: ("x",)})
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == {"a": NASTY, "b": [None, None, 1.5], "3": ["x"]}
+
+
+def test_nothing_is_fetched(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "ppo"))
+    addresses = re.findall(r"https?://[^\s\"']+", page)
+    assert addresses == ["http://www.w3.org/2000/svg"]  # the name of SVG, which nobody fetches
+    assert re.search(r"@import|url\(|\bsrc=|<link|fetch\(|XMLHttpRequest|import\(", page) is None
+    assert POLICY in page
+    assert POLICY.startswith("default-src 'none';")
+
+
+def test_the_script_never_writes_html() -> None:
+    script = (WEB / "report.js").read_text(encoding="utf-8")
+    assert re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(", script) is None
+
+
+# ---- Curves ----
+
+
+def test_every_number_has_its_place(tmp_path: Path) -> None:
+    """Two values are a curve, one is a figure, text is neither; NaN becomes a gap; the evaluation counts for itself."""
+    page = page_of(write_run(tmp_path / "ppo", best={"iteration": 2}))
+    (section,) = data_of(page)["sections"]
+    (run,) = section["runs"]
+    assert section["counter"] == "iteration"
+    assert run["series"] == {
+        "score_mean": [[1, 2], [0.5, 0.75]],
+        "kl": [[1, 2], [0.0, 0.25]],
+        "guard/limit": [[1, 2], [3.0, 3.0]],
+        "guard/steep": [[1, 2], [None, 0.5]],
+    }
+    assert run["best"] == 2
+    shown = {group["title"]: [chart["metric"] for chart in group["charts"]] for group in section["groups"]}
+    assert shown == {"Score and distance": ["score_mean", "kl"], "Guard": ["guard/limit", "guard/steep"]}
+    assert section["groups"][0]["charts"][0]["title"] == CURVES["score_mean"]
+    figures = Page(page).tables[0]
+    assert figures[1:] == [["held-out: " + CURVES["score_mean"], "0.625"], ["train_runtime", "12.5"]]
+
+
+def test_stages_are_drawn_apart(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, stage) for name, stage in (("c", "ppo"), ("a", "sft"), ("b", "ppo"))]
+    sections = data_of(page_of(*folders))["sections"]
+    assert [(s["title"], s["counter"]) for s in sections] == [("Stage 1: SFT", "step"), ("Stage 3: PPO", "iteration")]
+    assert [(run["number"], run["name"]) for run in sections[1]["runs"]] == [(0, "c"), (2, "b")]
+
+
+def test_unknown_metrics_come_last_and_none_is_lost() -> None:
+    names = ["zeta", "loss", "guard/x", "eval_kl", "kl", "score_mean", "speed_of_light"]
+    groups = group_metrics(names)
+    assert groups == {
+        "Score and distance": ["score_mean", "kl"],
+        "Training": ["loss"],
+        "Held-out": ["eval_kl"],
+        "Guard": ["guard/x"],
+        "Other": ["speed_of_light", "zeta"],
+    }
+    assert list(groups)[-2:] == ["Guard", "Other"]
+
+
+def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
+    """The last line has no end yet: it is left out, and so is anything that no run wrote so far."""
+    folder = write_run(tmp_path / "a", "sft", metrics='{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n{"step": 3, "lo')
+    (section,) = data_of(page_of(folder))["sections"]
+    assert section["runs"][0]["series"] == {"loss": [[1, 2], [2.0, 1.0]]}
+    assert section["runs"][0]["best"] is None
+
+
+@pytest.mark.parametrize("best", [{}, None, 3])
+def test_no_best_is_no_mark(tmp_path: Path, best: object) -> None:
+    assert best_count(read_run(write_run(tmp_path / "a", best=best), "a")) is None
+
+
+# ---- Tables and samples ----
+
+
+def test_reward_card_of_the_model_that_ppo_used(tmp_path: Path) -> None:
+    reward = write_run(tmp_path / "reward", "reward")
+    card = {"accuracy": 0.9, "accuracy_ci95": [0.85, 0.95], "passed": False, "probes": {"empty": 1.0, "cut <b>": 0.25}}
+    Path(reward, "reward_card.json").write_text(json.dumps(card), encoding="utf-8")
+    runs = [write_run(tmp_path / name, arguments={"reward_model_lora_path": reward}) for name in ("x", "y")]
+    table = Page(page_of(*runs)).tables[1]
+    assert table == [
+        ["", "x, y"],
+        ["accuracy on pairs", "0.9"],
+        ["accuracy, 95% interval", "0.85, 0.95"],
+        ["passed", "no"],
+        ["probes/empty", "1"],
+        ["probes/cut <b>", "0.25"],
+    ]
+
+
+def test_records_side_by_side(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2))
+    table = Page(page).tables[-1]
+    assert ["seed", "1", "2"] in table
+    assert ["arguments/nested/deep", "1, 2", "1, 2"] in table
+    assert re.search(r'<tr><th scope="row">seed<', page)
+    assert re.search(r'<tr class="same"><th scope="row">stage<', page)
+
+
+def test_samples_of_several_runs(tmp_path: Path) -> None:
+    samples = data_of(page_of(write_run(tmp_path / "a"), write_run(tmp_path / "b")))["samples"]
+    assert samples["columns"] == ["iteration", "score", "length", "kl", "gold"]
+    assert samples["prompts"] == [NASTY, "plain"]
+    assert samples["rows"][0] == [1, 0.5, 7, 0.1, 1, 0, 0, NASTY + "1"]
+    assert samples["rows"][7] == [2, 1.0, 7, 0.1, 2, 1, 1, NASTY + "2"]
+
+
+def test_a_choice_of_samples_keeps_whole_prompts(tmp_path: Path) -> None:
+    rows = [{"iteration": i, "prompt": f"prompt {p}"} for i in range(5) for p in range(1000)]
+    kept = chosen_samples(rows, 1000)
+    assert 700 < len(kept) < 1300  # 200 of 1000 prompts, standard deviation 13 prompts of 5 rows each
+    counts = {row["prompt"]: 0 for row in kept}
+    for row in kept:
+        counts[row["prompt"]] += 1
+    assert set(counts.values()) == {5}
+    assert chosen_samples(rows, 5000) == rows
+    folder = write_run(tmp_path / "a", metrics='{"iteration": 1, "kl": 0}\n')
+    many = [{"iteration": i, "prompt": f"prompt {i}", "response": "", "score": 0.0} for i in range(1000)]
+    Path(folder, "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many), encoding="utf-8")
+    page = page_of(folder, most=100)
+    assert f"{len(data_of(page)['samples']['rows'])} of 1,000 replies: those of a random choice of prompts." in page
+
+
+# ---- Names and mistakes ----
+
+
+def test_names_tell_runs_apart(tmp_path: Path) -> None:
+    assert short_names(["/x/ppo", "/x/sft/"]) == ["ppo", "sft"]
+    assert short_names(["/x/a/ppo", "/x/b/ppo", "/x/c"]) == ["a/ppo", "b/ppo", "x/c"]
+    with pytest.raises(InputError, match="given twice"):
+        short_names(["/x/ppo", "/x/y/../ppo"])
+
+
+def test_as_a_command(tmp_path: Path) -> None:
+    """Writes the page where it says; a folder that is no run is one line, exit code 2, and nothing written."""
+    folder = write_run(tmp_path / "ppo")
+
+    def call(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "utils.report", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+    done = call(folder)
+    assert (done.returncode, done.stderr) == (0, f"report: {folder}/report.html\n")
+    assert Page(Path(folder, "report.html").read_text(encoding="utf-8")).tables
+    output = tmp_path / "none.html"
+    done = call(folder, str(tmp_path), "--output", str(output))
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"error: there is no metrics.jsonl in {tmp_path}; give the output folder of a training script\n"
+    )
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "samples.jsonl"])
+def test_a_broken_file_is_named(tmp_path: Path, file: str) -> None:
+    folder = write_run(tmp_path / "ppo")
+    Path(folder, file).write_text('{"a": \n', encoding="utf-8")
+    with pytest.raises(InputError, match=file):
+        page_of(folder)
