@@ -5,30 +5,37 @@
 
 The loss is -log sigmoid(chosen - rejected) (Bradley-Terry; Ouyang et al. 2022, eq. 1), plus a small term that keeps the
 scores around 0 (Eisenstein et al. 2023, eq. 2).  The score is read at the last real token, found by the attention mask;
-that token is EOS unless the pair was cut.  Besides the adapter with its head it writes reward_card.json, from which
-stage 3 takes the mean and the standard deviation of the scores.
+that token is EOS unless the pair was cut.
+
+People's pairs hold no empty, cut or looping replies, so a model of them alone may think well of those, and PPO finds out.
+So a share of the training pairs (--degenerate_ratio) has a broken reply in the rejected place (utils/degenerate.py), and
+the finished model is probed with broken replies to held-out prompts.  What comes out is reward_card.json: stage 3 takes
+the mean and the standard deviation of the scores from it, and refuses a model that did not pass.
 """
 
-import os
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from utils.adapters import (
-    POLICY,
+    check_adapter,
+    ensemble_score,
     load_adapter,
     load_base,
     load_tokenizer,
+    member_folders,
+    member_scores,
     new_reward_model,
     read_adapter,
-    score_job,
     use_adapter,
 )
 from utils.arguments import (
@@ -40,14 +47,28 @@ from utils.arguments import (
     check_output_dir,
     choose_precision,
     default_autocast,
+    is_main_process,
     parse_arguments,
     resume_path,
     run_script,
     say,
 )
 from utils.data import check_template, pad_right, tokenize_preferences, train_and_eval_rows
+from utils.degenerate import KINDS, TRAIN_WEIGHT, broken_pairs
 from utils.launch import relaunch_on_all_gpus
-from utils.report import RunFiles, run_record, write_json
+from utils.report import RunFiles, run_record
+from utils.reward_card import (
+    accuracy,
+    card_table,
+    length_correlation,
+    pair_measures,
+    verdict,
+    write_card,
+)
+from utils.rollout import Sampling, sample_replies
+from utils.statistics import wilson_interval
+
+SMALLEST_PART = 8  # rows that go through the model together, whatever their lengths
 
 
 @dataclass
@@ -68,12 +89,49 @@ class RewardDataArguments(DataArguments):
             "choices": ["drop", "cut"],
         },
     )
+    degenerate_ratio: float = field(
+        default=0.25,
+        metadata={"help": "Share of the training pairs with a broken reply in the rejected place; 0: none."},
+    )
+    degenerate_kinds: str = field(
+        default="all",
+        metadata={"help": f"Kinds of broken replies to train on: all, or of {', '.join(KINDS)}, by comma."},
+    )
+    exempt_probes: str = field(
+        default="", metadata={"help": "Kinds, by comma, that are probed but do not decide whether the model passes."}
+    )
+    probe_prompts: int = field(
+        default=200,
+        metadata={"help": "Held-out prompts for each kind of broken reply, and for SFT replies, in the card."},
+    )
+    sft_model_lora_path: str | None = field(
+        default=None, metadata={"help": "SFT adapter: the card then also says how its replies score."}
+    )
+    output_max_length: int = field(default=128, metadata={"help": "Longest sampled SFT reply, in tokens."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.degenerate_ratio < 1:
+            raise InputError(
+                f"--degenerate_ratio is {self.degenerate_ratio}; give a share from 0 up to, not including, 1"
+            )
+        self.kinds = KINDS if self.degenerate_kinds == "all" else split_kinds("degenerate_kinds", self.degenerate_kinds)
+        self.exempt = split_kinds("exempt_probes", self.exempt_probes)
+        for name in ("probe_prompts", "output_max_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}; give a number above 0")
         for name in ("train_subset", "eval_subset"):
             if getattr(self, name) < -1 or getattr(self, name) == 0:
                 raise InputError(f"--{name} is {getattr(self, name)}; give a number of pairs, or -1 for all")
+
+
+def split_kinds(argument: str, names: str) -> tuple[str, ...]:
+    """Kinds of broken replies, given as names joined by commas.  Raises InputError for an unknown one."""
+    kinds = tuple(name.strip() for name in names.split(",") if name.strip())
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise InputError(f"--{argument}: {unknown[0]!r} is no kind; there are {', '.join(KINDS)}")
+    return kinds
 
 
 @dataclass
@@ -90,8 +148,20 @@ class RewardArguments(TrainingArguments):
     center_rewards_coefficient: float = field(
         default=0.01, metadata={"help": "Weight of mean((chosen + rejected)^2), which keeps the scores around 0."}
     )
+    length_penalty_coefficient: float = field(
+        default=0.0, metadata={"help": "Weight of the squared correlation of score and reply length in a batch."}
+    )
+    ensemble_size: int = field(
+        default=1,
+        metadata={"help": "Adapters with a head each; a score is their mean minus a penalty for disagreement."},
+    )
+    ensemble_penalty: float = field(
+        default=1.0, metadata={"help": "That penalty, in standard deviations over the ensemble."}
+    )
 
     def __post_init__(self) -> None:
+        if self.ensemble_size < 1:
+            raise InputError(f"--ensemble_size is {self.ensemble_size}; give a number above 0")
         default_autocast(self)
         super().__post_init__()
 
@@ -101,21 +171,22 @@ class RewardArguments(TrainingArguments):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pairwise_loss(chosen: Tensor, rejected: Tensor, center_coefficient: float) -> Tensor:
-    """Bradley-Terry loss with centering, a scalar: mean of -log sigmoid(c - r) + coefficient * (c + r)^2.
+def pairwise_loss(chosen: Tensor, rejected: Tensor, center_coefficient: float, margins: Tensor | float = 0.0) -> Tensor:
+    """Bradley-Terry loss with centering, a scalar: mean of -log sigmoid(c - r - m) + coefficient * (c + r)^2.
 
-    chosen, rejected: scores [B].  Sources: Ouyang et al. 2022 (arXiv:2203.02155) eq. 1; Eisenstein et al. 2023
-    (arXiv:2312.09244) eq. 2.
+    chosen, rejected: scores [B]; margins: how much better the chosen one has to be [B].  Sources: Ouyang et al. 2022
+    (arXiv:2203.02155) eq. 1; Eisenstein et al. 2023 (arXiv:2312.09244) eq. 2; Touvron et al. 2023 (arXiv:2307.09288) eq. 2.
     """
-    return (-logsigmoid(chosen - rejected) + center_coefficient * (chosen + rejected) ** 2).mean()
+    return (-logsigmoid(chosen - rejected - margins) + center_coefficient * (chosen + rejected) ** 2).mean()
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """95% interval of a share seen in `count` independent trials (Wilson 1927); stays inside [0, 1]."""
-    z = 1.959964
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+def length_penalty(scores: Tensor, lengths: Tensor) -> Tensor:
+    """Squared Pearson correlation of score and reply length over a batch, a scalar; 0 where either does not vary.
+
+    scores, lengths: float [N].
+    """
+    scores, lengths = scores - scores.mean(), lengths.float() - lengths.float().mean()
+    return (scores * lengths).sum() ** 2 / (scores.square().sum() * lengths.square().sum()).clamp(min=1e-12)
 
 
 def measure_scores(prediction: EvalPrediction) -> dict[str, float]:
@@ -124,18 +195,16 @@ def measure_scores(prediction: EvalPrediction) -> dict[str, float]:
     accuracy counts a tie as half.  length_correlation is Pearson's, over all replies; 0 where either does not vary.
     """
     scores, lengths = prediction.predictions, prediction.label_ids
-    margin = scores[:, 0] - scores[:, 1]
-    accuracy = float((margin > 0).mean() + 0.5 * (margin == 0).mean())
-    low, high = wilson_interval(accuracy, len(scores))
-    varies = scores.std() > 0 and lengths.std() > 0
+    share = accuracy(scores)
+    low, high = wilson_interval(share, len(scores))
     return {
-        "accuracy": accuracy,
+        "accuracy": share,
         "accuracy_low": low,
         "accuracy_high": high,
-        "margin": float(margin.mean()),
+        "margin": float((scores[:, 0] - scores[:, 1]).mean()),
         "score_mean": float(scores.mean()),
         "score_std": float(scores.std()),
-        "length_correlation": float(np.corrcoef(scores.ravel(), lengths.ravel())[0, 1]) if varies else 0.0,
+        "length_correlation": length_correlation(scores, lengths),
     }
 
 
@@ -147,18 +216,28 @@ def measure_scores(prediction: EvalPrediction) -> dict[str, float]:
 class RewardTrainer(Trainer):
     """Trainer for pairs: chosen and rejected go through the model in one batch, chosen first."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, members: list[str], **kwargs: Any) -> None:
         super().__init__(*args, data_collator=self.collate, compute_metrics=measure_scores, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: let the Trainer average micro-batches
+        self.members = members
 
     def collate(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Rows of `tokenize_preferences` -> ids and mask [2B, L], chosen first, and reply lengths [B, 2]."""
+        """Rows of `tokenize_preferences` -> ids and mask [2B, L], chosen first, reply lengths [B, 2], margins [B] and
+
+        whether the rejected reply is a broken one, bool [B].
+        """
         sequences = [pair["chosen_ids"] for pair in pairs] + [pair["rejected_ids"] for pair in pairs]
         ids, mask = pad_right(sequences, self.processing_class.pad_token_id)
         lengths = [
             [len(pair[side]) - pair["query_length"] for side in ("chosen_ids", "rejected_ids")] for pair in pairs
         ]
-        return {"input_ids": ids, "attention_mask": mask, "lengths": torch.tensor(lengths)}
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "lengths": torch.tensor(lengths),
+            "margins": torch.tensor([pair["margin"] for pair in pairs]),
+            "broken": torch.tensor([pair["kind"] != "" for pair in pairs]),
+        }
 
     def compute_loss(
         self,
@@ -167,11 +246,23 @@ class RewardTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        mask = inputs["attention_mask"]
-        scores = model(input_ids=inputs["input_ids"], attention_mask=mask, job=score_job(mask, POLICY))  # [2B]
-        chosen, rejected = scores.chunk(2)
-        loss = pairwise_loss(chosen, rejected, self.args.center_rewards_coefficient)
-        return (loss, torch.stack([chosen, rejected], dim=1)) if return_outputs else loss
+        sequences = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        ordinary = ~inputs["broken"]
+        losses, scores = [], []
+        part_rows = max(SMALLEST_PART, len(sequences["input_ids"]) // 4)
+        for member in member_scores(model, sequences, self.members, part_rows):  # [2B]
+            chosen, rejected = member.chunk(2)
+            loss = pairwise_loss(chosen, rejected, self.args.center_rewards_coefficient, inputs["margins"])
+            if self.args.length_penalty_coefficient:  # a broken reply is short or long for a reason
+                pair = torch.stack([chosen, rejected], dim=1)[ordinary].flatten()
+                penalty = length_penalty(pair, inputs["lengths"][ordinary].flatten())
+                loss = loss + self.args.length_penalty_coefficient * penalty
+            losses.append(loss)
+            scores.append(member)
+        loss = torch.stack(losses).mean()
+        if not return_outputs:
+            return loss
+        return loss, torch.stack(ensemble_score(scores, self.args.ensemble_penalty).chunk(2), dim=1)
 
     def prediction_step(
         self,
@@ -185,45 +276,115 @@ class RewardTrainer(Trainer):
             loss, scores = self.compute_loss(model, inputs, return_outputs=True)
         return loss, scores, inputs["lengths"]
 
+    @torch.no_grad()
+    def score(self, sequences: list[list[int]], description: str) -> np.ndarray:
+        """Scores [N] of whole sequences, by the same way as in an evaluation.  Every process computes all of them."""
+        self.model.eval()
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # little padding
+        size = 2 * self.args.per_device_eval_batch_size
+        scores = np.zeros(len(sequences))
+        starts = range(0, len(order), size)
+        for start in tqdm(starts, desc=description, disable=self.args.disable_tqdm or not is_main_process()):
+            part = order[start : start + size]
+            ids, mask = pad_right([sequences[i] for i in part], self.processing_class.pad_token_id)
+            inputs = self._prepare_inputs({"input_ids": ids, "attention_mask": mask})
+            with self.compute_loss_context_manager():
+                members = list(member_scores(self.model, inputs, self.members))
+            scores[part] = ensemble_score(members, self.args.ensemble_penalty).float().cpu().numpy()
+        return scores
 
-def check_saved_adapter(model: PeftModel, folder: str, batch: dict[str, Tensor]) -> float:
-    """Load the adapter that was just saved a second time and compare scores; returns the largest difference.
+
+def check_saved_adapter(model: PeftModel, folder: str, batch: dict[str, Tensor], members: list[str]) -> float:
+    """Load what was just saved a second time and compare scores; returns the largest difference.
 
     Score heads have been lost between training and use more than once in this field: this makes sure of ours.
     Raises RuntimeError when the scores differ.
     """
-    saved = read_adapter(folder, "--output_dir")
-    if not saved.has_score_head:
-        raise RuntimeError(f"the adapter in {folder} was saved without its score head")
-    load_adapter(model, saved, "reloaded")
     model.eval()
     device = model.device
     inputs = {"input_ids": batch["input_ids"].to(device), "attention_mask": batch["attention_mask"].to(device)}
-    scores = {}
-    with torch.no_grad():
-        for name in (POLICY, "reloaded"):
-            with use_adapter(model, name):
-                scores[name] = model(**inputs, job=score_job(inputs["attention_mask"], name))
-    model.delete_adapter("reloaded")
-    difference = float((scores[POLICY] - scores["reloaded"]).abs().max())
-    if difference > 1e-4 * max(1.0, float(scores[POLICY].abs().max())):
-        raise RuntimeError(f"the adapter in {folder} gives other scores than the model it was saved from: {difference}")
+    difference = 0.0
+    for member, path in zip(members, member_folders(folder), strict=True):
+        saved = read_adapter(path, "--output_dir")
+        if not saved.has_score_head:
+            raise RuntimeError(f"the adapter in {path} was saved without its score head")
+        load_adapter(model, saved, "reloaded")
+        with torch.no_grad():
+            ours, reloaded = member_scores(model, inputs, [member, "reloaded"])
+        model.delete_adapter("reloaded")
+        difference = max(difference, float((ours - reloaded).abs().max()))
+        if difference > 1e-4 * max(1.0, float(ours.abs().max())):
+            raise RuntimeError(f"the adapter in {path} gives other scores than the one it was saved from: {difference}")
     return difference
 
 
-def reward_card(evaluation: dict[str, float], pairs: int, reload_difference: float) -> dict[str, Any]:
-    """Content of reward_card.json, from the measures of the held-out pairs."""
-    measures = {key.removeprefix("eval_"): value for key, value in evaluation.items()}
-    return {
-        "accuracy": measures["accuracy"],
-        "accuracy_ci95": [measures["accuracy_low"], measures["accuracy_high"]],
-        "loss": measures["loss"],
-        "score_mean": measures["score_mean"],
-        "score_std": measures["score_std"],
-        "length_correlation": measures["length_correlation"],
-        "eval_pairs": pairs,
-        "reload_difference": reload_difference,
+def add_broken_pairs(
+    dataset: Dataset,
+    rows: Dataset,
+    data: RewardDataArguments,
+    limits: tuple[str, PreTrainedTokenizerBase, int],
+    seed: int,
+) -> Dataset:
+    """The training pairs and so many broken ones that these are `degenerate_ratio` of all."""
+    wanted = len(dataset) * data.degenerate_ratio / (1 - data.degenerate_ratio)
+    if not wanted:
+        return dataset
+    weights = {kind: TRAIN_WEIGHT.get(kind, 1) for kind in data.kinds}
+    counts = {kind: math.ceil(wanted * weight / sum(weights.values())) for kind, weight in weights.items()}
+    pairs = broken_pairs(rows, counts, limits, seed)
+    say(f"broken replies: {len(pairs)} pairs beside {len(dataset)} ordinary ones")
+    return concatenate_datasets([dataset, Dataset.from_list(pairs, features=dataset.features)])
+
+
+def sample_sft_replies(
+    model: PeftModel, queries: list[list[int]], data: RewardDataArguments, tokenizer: PreTrainedTokenizerBase, size: int
+) -> list[list[int]]:
+    """Query + reply of the SFT adapter, as token ids, for each query that leaves room for one; EOS may not come first."""
+    load_adapter(model, read_adapter(data.sft_model_lora_path, "--sft_model_lora_path"), "sft")
+    sampling = Sampling(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=data.output_max_length,
+        begin_suppress_tokens=tuple({tokenizer.eos_token_id, tokenizer.pad_token_id}),
+    )
+    queries = [query for query in queries if len(query) + data.output_max_length <= data.max_length]
+    sequences = []
+    model.eval()
+    with use_adapter(model, "sft"):
+        for start in range(0, len(queries), size):
+            part = queries[start : start + size]
+            replies = sample_replies(model, part, range(start, start + len(part)), sampling)
+            sequences += [query + reply for query, reply in zip(part, replies, strict=True)]
+    model.delete_adapter("sft")
+    return sequences
+
+
+def probe(
+    trainer: RewardTrainer, pairs: list[dict[str, Any]], sft_sequences: list[list[int]]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The card's part about broken replies and SFT replies, and the scores by sort of reply, for the picture."""
+    kinds = np.array([pair["kind"] for pair in pairs])
+    good = trainer.score([pair["chosen_ids"] for pair in pairs], "good replies")
+    broken = trainer.score([pair["rejected_ids"] for pair in pairs], "broken replies")
+    found = [kind for kind in KINDS if (kinds == kind).any()]
+    card: dict[str, Any] = {
+        "probes": {kind: float((good > broken)[kinds == kind].mean()) for kind in found},
+        "probe_counts": {kind: int((kinds == kind).sum()) for kind in found},
     }
+    scores = {kind: broken[kinds == kind] for kind in found}
+    scores["good"] = good
+    if sft_sequences:
+        sft = trainer.score(sft_sequences, "SFT replies")
+        card |= {"sft_score_mean": float(sft.mean()), "sft_score_std": float(sft.std()), "sft_replies": len(sft)}
+        card["probes_above_sft"] = {kind: float((scores[kind] > np.median(sft)).mean()) for kind in found}
+        scores["SFT"] = sft
+    return card, scores
+
+
+def reply_lengths(pairs: Dataset) -> np.ndarray:
+    """Tokens of the chosen and the rejected reply of each pair, int [N, 2]."""
+    sides = [np.array([len(ids) for ids in pairs[side]]) for side in ("chosen_ids", "rejected_ids")]
+    return np.stack(sides, axis=1) - np.array(pairs["query_length"])[:, None]
 
 
 def first_rows(rows: Dataset, count: int) -> Dataset:
@@ -250,14 +411,23 @@ def main() -> None:
     train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_PREFERENCES)
     if eval_rows is None:
         raise InputError("a reward model needs held-out pairs; give --eval_dataset or an --eval_fraction above 0")
-    limits = (template, tokenizer, data_args.max_length, data_args.overlong_pairs)
-    train_dataset = tokenize_preferences(first_rows(train_rows, data_args.train_subset), *limits)
-    eval_dataset = tokenize_preferences(first_rows(eval_rows, data_args.eval_subset), *limits)
+    train_rows = first_rows(train_rows, data_args.train_subset)
+    eval_rows = first_rows(eval_rows, data_args.eval_subset)
+    limits = (template, tokenizer, data_args.max_length)
+    ordinary = tokenize_preferences(train_rows, *limits, data_args.overlong_pairs)
+    train_dataset = add_broken_pairs(ordinary, train_rows, data_args, limits, training_args.seed)
+    eval_dataset = tokenize_preferences(eval_rows, *limits, data_args.overlong_pairs)
+    probes = broken_pairs(
+        eval_rows, dict.fromkeys(KINDS, data_args.probe_prompts), limits, training_args.seed, held_out=True
+    )
 
     # ---- Model ----
     base = load_base(model_args, dtype)
+    if data_args.sft_model_lora_path is not None:
+        sft = read_adapter(data_args.sft_model_lora_path, "--sft_model_lora_path")
+        check_adapter(sft, "--sft_model_lora_path", False, template, base)
     record = run_record("reward", base, model_args, training_args, data=asdict(data_args), lora=asdict(lora_args))
-    model = new_reward_model(base, lora_args, training_args.seed)
+    model, members = new_reward_model(base, lora_args, training_args.seed, training_args.ensemble_size)
     if training_args.activation_checkpointing:
         model.enable_input_require_grads()  # a frozen embedding gives checkpointed layers nothing to differentiate
 
@@ -269,25 +439,39 @@ def main() -> None:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         callbacks=[RunFiles(record)],
+        members=members,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    evaluation = trainer.evaluate()
-
-    # ---- Save ----
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
+
+    # ---- Reward card ----
+    prediction = trainer.predict(eval_dataset, metric_key_prefix="eval")
+    trainer.log(prediction.metrics)
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    sft_sequences = []
+    if data_args.sft_model_lora_path is not None:
+        queries = {tuple(pair["chosen_ids"][: pair["query_length"]]) for pair in probes}
+        queries = [list(query) for query in sorted(queries)[: data_args.probe_prompts]]
+        size = training_args.per_device_eval_batch_size
+        sft_sequences = sample_sft_replies(unwrapped, queries, data_args, tokenizer, size)
+    probed, scores = probe(trainer, probes, sft_sequences)
     if trainer.is_world_process_zero():
         sample = trainer.collate([eval_dataset[i] for i in range(min(8, len(eval_dataset)))])
-        difference = check_saved_adapter(
-            trainer.accelerator.unwrap_model(trainer.model), training_args.output_dir, sample
-        )
-        card = reward_card(evaluation, len(eval_dataset), difference)
-        write_json(card, os.path.join(training_args.output_dir, "reward_card.json"))
-        low, high = card["accuracy_ci95"]
-        say(
-            f"held-out accuracy {card['accuracy']:.3f} (95% interval {low:.3f} to {high:.3f}, {len(eval_dataset)} pairs), "
-            f"correlation of score and length {card['length_correlation']:.2f}\nreward adapter: {training_args.output_dir}"
-        )
+        card = {
+            **pair_measures(prediction.predictions, prediction.label_ids, reply_lengths(ordinary)),
+            "loss": prediction.metrics["eval_loss"],
+            **probed,
+            "reload_difference": check_saved_adapter(unwrapped, training_args.output_dir, sample, members),
+            "ensemble_size": training_args.ensemble_size,
+            "ensemble_penalty": training_args.ensemble_penalty,
+        }
+        card |= verdict(card, data_args.exempt)
+        scores |= {"chosen": prediction.predictions[:, 0], "rejected": prediction.predictions[:, 1]}
+        write_card(card, scores, training_args.output_dir)
+        say(card_table(card))
+        say("the reward model " + ("passed" if card["passed"] else "FAILED: " + "; ".join(card["failed"])))
+        say(f"reward adapter: {training_args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,11 @@ make `ppo_epochs` passes over the batch.  So checkpoints, logs, the learning rat
 a run that is resumed starts at the edge of an iteration.  Everything random in an iteration is drawn from the seed, the
 iteration and the row alone, which makes a resumed run, and one on more processes, give the same numbers.
 
+A guard (utils/guard.py) measures every batch of replies against the SFT model's own, and now and then replies to held-out
+prompts.  best/ holds the policy with the highest held-out score within the KL budget and without any sign of a collapse;
+when a collapse is certain the run stops, says why, and goes back to best/.  A reward adapter that did not pass its card is
+refused at the start.
+
 Departures from Ziegler et al. 2019 / TRL's last PPO: the reference is the SFT adapter and nothing is merged; scores are
 normalised with the reward card; EOS is suppressed as a first token, in the log-probs too; the loss is a mean over all
 reply tokens of an optimizer step, however they fall into micro-batches and processes; the value head shares the policy's
@@ -21,6 +26,7 @@ trunk and is saved.
 import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -35,7 +41,6 @@ from utils import ppo
 from utils.adapters import (
     POLICY,
     REFERENCE,
-    REWARD,
     SavedAdapter,
     assemble_ppo_model,
     check_adapter,
@@ -44,8 +49,8 @@ from utils.adapters import (
     load_value_head,
     load_weights,
     read_adapter,
+    reward_scores,
     save_value_head,
-    score_job,
     use_adapter,
 )
 from utils.arguments import (
@@ -63,11 +68,15 @@ from utils.arguments import (
     say,
 )
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
+from utils.degenerate import find_broken
+from utils.guard import Guard, Limits, floor_scores, measure_replies
 from utils.launch import relaunch_on_all_gpus
 from utils.report import RunFiles, append_jsonl, draw_curves, run_record, write_json
+from utils.reward_card import read_card
 from utils.rollout import Batch, Sampling, check_output_logits, make_batch, reply_job, sample_replies
 
 STATE_FILE = "ppo_state.json"
+BEST = "best"
 TRAINER_NAMES = {  # arguments of the Trainer that PPO has under other names
     "max_steps": "steps",
     "num_train_epochs": "steps",
@@ -133,6 +142,31 @@ class PPOArguments(TrainingArguments):
     missing_eos_penalty: float = field(
         default=1.0, metadata={"help": "Subtracted from the normalised score of a reply that was cut by the limit."}
     )
+    allow_weak_reward: bool = field(
+        default=False, metadata={"help": "Go on with a reward adapter whose card is missing or did not pass."}
+    )
+    floor_broken_replies: bool = field(
+        default=True, metadata={"help": "Score empty, blank, looping and echoing replies below all others."}
+    )
+    guard: str = field(
+        default="stop",
+        metadata={
+            "help": "Watch for a collapse and keep best/. stop: end a collapsed run and roll back; warn: only say so; off.",
+            "choices": ["stop", "warn", "off"],
+        },
+    )
+    guard_freq: int = field(
+        default=4,
+        metadata={"help": "Iterations between two looks at held-out prompts; the rollouts are always watched."},
+    )
+    guard_prompts: int = field(
+        default=64,
+        metadata={"help": "Held-out prompts for that; without held-out rows at most a tenth of the prompts."},
+    )
+    guard_patience: int = field(
+        default=2, metadata={"help": "So many iterations with an alarm, out of one more, end the run."}
+    )
+    kl_budget: float = field(default=10.0, metadata={"help": "Highest KL of best/ to the SFT model, in nats a reply."})
     gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
     gae_lambda: float = field(default=0.95, metadata={"help": "GAE's trade of bias for variance."})
     clip_range: float = field(default=0.2, metadata={"help": "Clip of the policy's probability ratio."})
@@ -141,7 +175,8 @@ class PPOArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         positive = ("steps", "save_freq", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs")
-        for name in (*positive, "score_clip", "clip_range", "value_clip_range"):
+        guard = ("guard_freq", "guard_prompts", "guard_patience", "kl_budget")
+        for name in (*positive, *guard, "score_clip", "clip_range", "value_clip_range"):
             if getattr(self, name) <= 0:
                 raise InputError(f"--{name} is {getattr(self, name)}; give a number above 0")
         self.mini_batch_size = min(self.mini_batch_size, self.batch_size)
@@ -208,12 +243,24 @@ class ScoreStatistics(NamedTuple):
 class PPOTrainer(Trainer):
     """One frozen base, adapters as policy, reference and reward; `training_step` is one PPO iteration."""
 
-    def __init__(self, *args: Any, sampling: Sampling, statistics: ScoreStatistics, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        sampling: Sampling,
+        statistics: ScoreStatistics,
+        guard_dataset: Dataset | None = None,
+        record: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """guard_dataset: held-out prompts for the guard, None for no guard; record: run.json, for the one in best/."""
         super().__init__(*args, data_collator=lambda rows: rows, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.sampling = sampling
         self.statistics = statistics
         self.kl_coef = self.args.init_kl_coef
+        self.guard = Guard(Limits(self.args.kl_budget), self.args.guard_patience)
+        self.guard_dataset = guard_dataset
+        self.record = record or {}
 
     # ---- One iteration ----
 
@@ -225,6 +272,8 @@ class PPOTrainer(Trainer):
         # eval() for good: dropout is 0 anyway, but train() is what switches activation checkpointing on
         model.train(self.args.activation_checkpointing)
         iteration = self.state.global_step
+        if self.guard_dataset is not None and not self.guard.baselines:
+            self.watch(0, {})  # the SFT model, which everything is compared with
 
         # 1. replies, log-probs, values, scores
         experience = self.roll_out(model, inputs, iteration)
@@ -262,6 +311,10 @@ class PPOTrainer(Trainer):
             )
         seconds = time.perf_counter() - started
         metrics |= {"seconds": seconds, "tokens_per_second": int(mask.sum()) / seconds}
+        if self.guard_dataset is not None:
+            measures = self.measure_for_guard([experience], self.train_dataset)
+            metrics |= {f"guard/{name}": value for name, value in measures.items()}
+            metrics |= self.watch(iteration + 1, {"rollouts": measures})
         self.pending_metrics = metrics
         self.write_samples(experience, reply_kl, iteration + 1)
         return torch.tensor(metrics["loss"], device=self.args.device)
@@ -288,8 +341,7 @@ class PPOTrainer(Trainer):
             policy = model(**inputs, job=reply_job(rows, self.sampling, with_values=True, with_entropy=True))
             with use_adapter(self.accelerator.unwrap_model(model), REFERENCE):
                 reference = model(**inputs, job=reply_job(rows, self.sampling, with_values=False, with_entropy=False))
-            with use_adapter(self.accelerator.unwrap_model(model), REWARD):
-                scores = model(**inputs, job=score_job(rows.attention_mask, REWARD))
+            scores = reward_scores(model, inputs)
             parts.append((policy.logprobs, reference.logprobs, policy.values, policy.entropy, scores))
         width = batch.response_mask.shape[1]
         *tokens, scores = zip(*parts, strict=True)
@@ -314,9 +366,24 @@ class PPOTrainer(Trainer):
         batch = Batch(ids, together(local.batch.attention_mask), together(local.batch.query_lengths), mask)
         return Experience(batch, *(together(part) for part in local[1:]))
 
-    def normalized_scores(self, experience: Experience) -> Tensor:
-        """Scores in the reward card's units, minus baseline and missing-EOS penalty, clipped.  [B]"""
-        scores = (experience.scores - self.statistics.mean) / self.statistics.std - self.args.reward_baseline
+    def texts(self, experience: Experience, dataset: Dataset) -> tuple[list[str], list[str]]:
+        """Prompts and replies as text."""
+        prompts = [dataset[index]["prompt"] for index in experience.indices.tolist()]
+        replies = self.processing_class.batch_decode(experience.batch.responses(), skip_special_tokens=True)
+        return prompts, replies
+
+    def normalized_scores(self, experience: Experience, dataset: Dataset | None = None) -> Tensor:
+        """Scores in the reward card's units, broken replies at the floor, minus baseline and missing-EOS penalty, clipped.
+
+        [B].  experience: replies to prompts of `dataset`, by default the training prompts.
+        """
+        scores = experience.scores
+        if self.args.floor_broken_replies:
+            prompts, texts = self.texts(experience, dataset or self.train_dataset)
+            found = [find_broken(prompt, text) is not None for prompt, text in zip(prompts, texts, strict=True)]
+            broken = torch.tensor(found, device=scores.device)
+            scores = floor_scores(scores, broken, self.statistics.mean, self.statistics.std)
+        scores = (scores - self.statistics.mean) / self.statistics.std - self.args.reward_baseline
         scores = scores - self.args.missing_eos_penalty * (~self.ended(experience.batch)).float()
         return scores.clamp(-self.args.score_clip, self.args.score_clip)
 
@@ -446,27 +513,97 @@ class PPOTrainer(Trainer):
             "entropy": float(ppo.masked_mean(experience.entropy, mask)),
         }
 
+    def reply_to(self, dataset: Dataset) -> Iterator[Experience]:
+        """Judged replies to all prompts of a data set (but for a rest that the processes cannot share), seeds by prompt."""
+        count = len(dataset)
+        share = range(self.args.process_index, count - count % self.args.world_size, self.args.world_size)
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(share), size):
+            rows = [dataset[i] for i in share[start : start + size]]
+            seeds = [_seed(self.args.seed, row["index"], 0, 2) for row in rows]
+            queries, indices = [row["input_ids"] for row in rows], [row["index"] for row in rows]
+            yield self.judge(self.model_wrapped, queries, seeds, indices)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Reply to every held-out prompt with fixed seeds, log eval_* measures.  Changes nothing in training."""
-        count = len(self.eval_dataset)
-        share = range(self.args.process_index, count - count % self.args.world_size, self.args.world_size)
-        rows = [self.eval_dataset[i] for i in share]
-        seeds = [_seed(self.args.seed, row["index"], 0, 2) for row in rows]
-        size = self.args.per_device_eval_batch_size
         measures: dict[str, float] = {}
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            queries = [row["input_ids"] for row in part]
-            indices = [row["index"] for row in part]
-            experience = self.judge(self.model_wrapped, queries, seeds[start : start + size], indices)
+        count = 0
+        for experience in self.reply_to(self.eval_dataset):
             kl = ppo.kl_penalty(experience.logprobs, experience.ref_logprobs, "k1") * experience.batch.response_mask
-            weight = len(experience.scores) / (len(rows) * self.args.world_size)
-            for name, value in self.describe(experience, kl.sum(1), self.normalized_scores(experience)).items():
+            scores = self.normalized_scores(experience, self.eval_dataset)
+            for name, value in self.describe(experience, kl.sum(1), scores).items():
                 if name in ("score_mean", "normalized_score_mean", "kl", "kl_k3", "response_length", "empty_fraction"):
-                    measures[f"eval_{name}"] = measures.get(f"eval_{name}", 0.0) + value * weight
+                    measures[f"eval_{name}"] = measures.get(f"eval_{name}", 0.0) + value * len(scores)
+            count += len(scores)
+        measures = {name: value / count for name, value in measures.items()}
         self.log(measures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measures)
         return measures
+
+    # ---- The guard ----
+
+    def measure_for_guard(self, parts: list[Experience], dataset: Dataset) -> dict[str, float]:
+        """What the guard looks at, of replies to prompts of `dataset`."""
+        prompts, replies, lengths, kl, scores = [], [], [], [], []
+        for part in parts:
+            mask = part.batch.response_mask
+            of_part = self.texts(part, dataset)
+            prompts += of_part[0]
+            replies += of_part[1]
+            lengths += mask.sum(1).tolist()
+            kl.append((ppo.kl_penalty(part.logprobs, part.ref_logprobs, "k1") * mask).sum(1))
+            scores.append(self.normalized_scores(part, dataset))
+        raw = torch.cat([part.scores for part in parts])
+        return {
+            **measure_replies(prompts, replies, lengths),
+            "kl": float(torch.cat(kl).mean()),
+            "score": float(torch.cat(scores).mean()),
+            "extreme": float((raw - self.statistics.mean).abs().max() / self.statistics.std),
+        }
+
+    def watch(self, iteration: int, measures: dict[str, dict[str, float]]) -> dict[str, float]:
+        """Let the guard look at the state after `iteration`; keep best/, or stop the run.  Returns metrics for the log."""
+        metrics = {}
+        looks = iteration % self.args.guard_freq == 0 or iteration == self.args.steps
+        if looks:
+            held_out = self.measure_for_guard(list(self.reply_to(self.guard_dataset)), self.guard_dataset)
+            measures = {**measures, "held-out": held_out}
+            metrics = {f"heldout/{name}": value for name, value in held_out.items()}
+        signs = self.guard.check(iteration, measures)
+        for level, sentence in signs:
+            say(f"{level}: iteration {iteration}: {sentence}")
+        if looks and self.guard.is_best(iteration, held_out, signs):
+            self.save_best()
+        if self.guard.collapse_at == iteration:
+            say(f"collapse: {self.guard.verdict}")
+            if self.args.guard == "stop":
+                self.roll_back()
+        return metrics | {"guard/signs": float(len(signs)), "guard/recent_alarms": float(len(self.guard.alarms))}
+
+    def save_best(self) -> None:
+        """Write the policy as it is to best/, which is never half written."""
+        if self.is_world_process_zero():
+            folder = os.path.join(self.args.output_dir, BEST)
+            self._save(folder + ".new")
+            write_json({**self.record, "best": self.guard.best}, folder + ".new", "run.json")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(folder + ".new", folder)
+
+    def roll_back(self) -> None:
+        """Put the policy of best/ in the place of the collapsed one, and end the training."""
+        say(f"stopped, and rolled back to {BEST}/: the policy of iteration {self.guard.best['iteration']}")
+        self.accelerator.wait_for_everyone()
+        model = self.accelerator.unwrap_model(self.model)
+        load_weights(model, os.path.join(self.args.output_dir, BEST), POLICY)
+        load_value_head(model.get_base_model(), os.path.join(self.args.output_dir, BEST))
+        self.control.should_training_stop = True
+
+    def outcome(self) -> dict[str, Any]:
+        """What run.json says about the end of the run; None for what did not happen."""
+        best = self.guard.best
+        stopped = self.guard.verdict is not None and self.args.guard == "stop"
+        guard = {"verdict": self.guard.verdict, "collapse_at": self.guard.collapse_at, "stopped": stopped}
+        return {"best": best, "guard": {**guard, "rolled_back_to": best["iteration"] if stopped else None}}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put the iteration's metrics in the place of the Trainer's own loss and gradient norm, which it cannot know."""
@@ -513,14 +650,16 @@ class PPOTrainer(Trainer):
         model.save_pretrained(folder, state_dict=state_dict, selected_adapters=[POLICY])
         save_value_head(state_dict or model.state_dict(), folder)
         self.processing_class.save_pretrained(folder)
-        write_json({"kl_coef": self.kl_coef}, folder, STATE_FILE)
+        write_json({"kl_coef": self.kl_coef, "guard": self.guard.state()}, folder, STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Fill policy adapter and value head from a checkpoint."""
         load_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint, POLICY)
         load_value_head(self.accelerator.unwrap_model(self.model).get_base_model(), resume_from_checkpoint)
         with open(os.path.join(resume_from_checkpoint, STATE_FILE), encoding="utf-8") as file:
-            self.kl_coef = json.load(file)["kl_coef"]
+            state = json.load(file)
+        self.kl_coef = state["kl_coef"]
+        self.guard.restore(state["guard"])
 
 
 def _seed(*parts: int) -> int:
@@ -532,15 +671,43 @@ def _seed(*parts: int) -> int:
     return state % 2**63
 
 
-def read_statistics(reward: SavedAdapter) -> ScoreStatistics:
-    """Mean and standard deviation of the scores out of the reward card; 0 and 1, with a warning, where there is none."""
-    path = os.path.join(reward.path, "reward_card.json")
-    if not os.path.isfile(path):
-        say(f"warning: {reward.path} has no reward_card.json, so its scores are used as they are, not normalised")
+def read_statistics(reward: SavedAdapter, allow_weak: bool) -> ScoreStatistics:
+    """Mean and standard deviation of the scores out of the reward card; 0 and 1 where there is none.
+
+    Raises InputError when the card is missing or says that the model did not pass, unless `allow_weak` lets it through
+    with a warning: PPO finds whatever a reward model likes by mistake.
+    """
+    card = read_card(reward.path)
+    if card is None:
+        weak = f"the reward adapter {reward.path} has no reward_card.json, so nothing is known about it"
+    elif not card.get("passed"):
+        reasons = "; ".join(card.get("failed", [])) or "it is the card of an older version"
+        weak = f"the reward adapter {reward.path} did not pass its reward card: {reasons}"
+    else:
+        weak = None
+    if weak and not allow_weak:
+        raise InputError(
+            f"{weak}; train it with reward_modeling.py on more data or with a higher --degenerate_ratio, or go on at your "
+            "own risk with --allow_weak_reward true"
+        )
+    if weak:
+        say(f"warning: {weak}")
+    if card is None:
         return ScoreStatistics()
-    with open(path, encoding="utf-8") as file:
-        card = json.load(file)
     return ScoreStatistics(card["score_mean"], card["score_std"] or 1.0)
+
+
+def split_guard_prompts(rows: Dataset, count: int, needed: int) -> tuple[Dataset, Dataset]:
+    """Training prompts, and held-out ones for the guard: at most `count` and a tenth of all, spread over the rows.
+
+    Where that leaves fewer than the `needed` ones of an iteration, the guard looks at training prompts.
+    """
+    step = max(10, -(-len(rows) // count))
+    held_out = range(0, len(rows), step)
+    if len(rows) - len(held_out) < needed:
+        return rows, rows.select(held_out)
+    kept = [i for i in range(len(rows)) if i % step]
+    return rows.select(kept), rows.select(held_out)
 
 
 def first_token_ban(words: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -595,18 +762,27 @@ def main() -> None:
         )
     train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_PREFERENCES)
     check_evaluation(training_args, eval_rows is not None)
-    train_dataset = number_rows(tokenize_prompts(train_rows, template, tokenizer, longest))
+    train_dataset = tokenize_prompts(train_rows, template, tokenizer, longest)
     eval_dataset = eval_rows and number_rows(tokenize_prompts(eval_rows, template, tokenizer, longest))
-    if len(train_dataset) < training_args.batch_size * training_args.world_size:
+    needed = training_args.batch_size * training_args.world_size
+    guard_dataset = None
+    if training_args.guard != "off" and eval_dataset is not None:
+        guard_dataset = eval_dataset.select(range(min(training_args.guard_prompts, len(eval_dataset))))
+    elif training_args.guard != "off":
+        train_dataset, guard_dataset = split_guard_prompts(train_dataset, training_args.guard_prompts, needed)
+        guard_dataset = number_rows(guard_dataset)
+    train_dataset = number_rows(train_dataset)
+    if len(train_dataset) < needed:
         raise InputError(
-            f"{len(train_dataset)} prompts are fewer than the {training_args.batch_size * training_args.world_size} of "
-            "one iteration (--batch_size in each process); give more prompts or a smaller batch"
+            f"{len(train_dataset)} prompts are fewer than the {needed} of one iteration (--batch_size in each process); "
+            "give more prompts or a smaller batch"
         )
 
     # ---- Model ----
     base = load_base(model_args, dtype)
     check_adapter(sft, "--sft_model_lora_path", False, template, base)
     check_adapter(reward, "--reward_model_lora_path", True, template, base)
+    statistics = read_statistics(reward, training_args.allow_weak_reward)
     record = run_record("ppo", base, model_args, training_args, data=asdict(data_args))
     model = assemble_ppo_model(base, sft, reward)
     if training_args.activation_checkpointing:
@@ -622,15 +798,21 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[RunFiles(record, key="iteration")],
         sampling=sampling,
-        statistics=read_statistics(reward) if training_args.normalize_scores else ScoreStatistics(),
+        statistics=statistics if training_args.normalize_scores else ScoreStatistics(),
+        guard_dataset=guard_dataset,
+        record=record,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # ---- Save ----
     trainer.save_model()
     if trainer.is_world_process_zero():
+        write_json({**record, **trainer.outcome()}, training_args.output_dir, "run.json")
         draw_curves(training_args.output_dir)
     say(f"PPO adapter: {training_args.output_dir}")
+    if trainer.guard.best is not None:
+        best = trainer.guard.best
+        say(f"best policy: {os.path.join(training_args.output_dir, BEST)}, iteration {best['iteration']}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ BATCH = 64
 SHOWN = 3  # prompts whose replies are printed
 BARS = """reward accuracy at least 0.90
 SFT gold above base gold
-PPO gold at least 1.2 times SFT gold
+gold of the best PPO policy at least 1.2 times SFT gold
 PPO reply length between 0.5 and 2 times SFT's
 no empty PPO reply"""
 
@@ -60,7 +60,7 @@ def judge(model: PeftModel, name: str, adapters: list[str], prompts: list[str], 
 
 
 def missed_bars(rows: list[Row], accuracy: float) -> list[str]:
-    """The bars that the outcome misses; rows: base, SFT, PPO ..., the last one being the final PPO model."""
+    """The bars that the outcome misses; rows: base, SFT, PPO ..., the last one being the PPO model that a user takes."""
     base, sft, ppo = rows[0], rows[1], rows[-1]
     met = (
         accuracy >= 0.9,
@@ -101,7 +101,9 @@ def main() -> None:
     model_args = ModelArguments(str(folder / "world" / "base"), settings["prompt_template"])
     tokenizer = load_tokenizer(model_args)
     base = load_base(model_args, torch.float32)
+    best = json.loads((folder / "ppo" / "best" / "run.json").read_text(encoding="utf-8"))["best"]["iteration"]
     folders = {"SFT": folder / "sft", **{f"PPO ({path.name.split('-')[1]})": path for path in checkpoints}}
+    folders[f"PPO best ({best})"] = folder / "ppo" / "best"
     adapters = {name: read_adapter(str(path), "--folder") for name, path in folders.items()}
     model, models = load_side_by_side(base, adapters, read_adapter(str(folder / "reward"), "--folder"))
 
@@ -115,7 +117,9 @@ def main() -> None:
     missed = missed_bars(rows, card["accuracy"])
     figures = [{**row._asdict(), "replies": None} for row in rows]
     write_json({"reward_accuracy": card["accuracy"], "models": figures, "missed": missed}, str(folder / "table.json"))
-    print(f"\n{table}\nadapters: {folder}/sft, {folder}/reward, {folder}/ppo (and its checkpoints by iteration)")
+    print(
+        f"\n{table}\nadapters: {folder}/sft, {folder}/reward, {folder}/ppo/best (and checkpoints by iteration beside it)"
+    )
     print(f"metrics:  metrics.jsonl in each of them; pictures: {folder}/ppo/plots; merged model: {folder}/merged")
     if missed:
         print("the demo missed: " + "; ".join(missed), file=sys.stderr)

@@ -28,6 +28,9 @@ REJECTED_MIXTURE = {
     "drift": 0.03,
     "plain_flawed": 0.04,
 }
+# What they are where the data has the gap of most real preference data: the better reply is often the shorter one, and no
+# reply is broken, so nothing says where short turns into too short.
+GAPPED_MIXTURE = {"plain": 0.6, "drift": 0.25, "off_topic": 0.15}
 HOLD_OUT_EVERY = 5  # one combination of topic and question in this many is held out
 MIN_MARGIN = 0.15  # gold score of the chosen answer minus that of the rejected one
 LENGTH_SLACK = 1  # characters; as often too many as too few
@@ -95,6 +98,28 @@ def preference_rows(
             rows += [first, second]
     rng.shuffle(rows)
     return rows[:n]
+
+
+def gapped_preference_rows(seed: int, n: int, held_out: bool = False) -> list[dict[str, str]]:
+    """`n` rows {"prompt", "chosen", "rejected"} with the rejected answers of `GAPPED_MIXTURE`.
+
+    A chosen answer has one to three lively sentences, a rejected one two to four: about two in three times the shorter
+    one is better.  The gold scores differ by at least `MIN_MARGIN`.
+    """
+    rng = Random(f"gapped preferences {held_out} {seed}")
+    kinds, shares = zip(*GAPPED_MIXTURE.items(), strict=True)
+    questions = _cycle(_questions(held_out), rng)
+    rows = []
+    while len(rows) < n:
+        question, kind = next(questions), rng.choices(kinds, shares)[0]
+        language, category, topic = question.language, question.category, question.topic
+        chosen = _sound(rng, language, category, topic, "lively", rng.choice((1, 2, 2, 3)))
+        rejected = _answer(rng, question, kind)
+        if kind == "plain":
+            rejected = _sound(rng, language, category, topic, kind, rng.choice((2, 3, 4)))
+        if gold_score(question.text, chosen) - gold_score(question.text, rejected) >= MIN_MARGIN:
+            rows.append({"prompt": question.text, "chosen": chosen, "rejected": rejected})
+    return rows
 
 
 def prompts(seed: int, n: int) -> list[dict[str, str]]:

@@ -29,13 +29,14 @@ python sft_training.py --config configs/sft_demo.yaml --seed "$SEED" \
 step "stage 2: reward model"
 python reward_modeling.py --config configs/reward_demo.yaml --seed "$SEED" \
   --model_name "$OUTPUT/world/base" --dataset "$OUTPUT/world/preferences.jsonl" \
-  --eval_dataset "$OUTPUT/world/preferences_heldout.jsonl" --output_dir "$OUTPUT/reward"
+  --eval_dataset "$OUTPUT/world/preferences_heldout.jsonl" --sft_model_lora_path "$OUTPUT/sft" \
+  --output_dir "$OUTPUT/reward"
 step "stage 3: PPO"
 python rl_training.py --config configs/ppo_demo.yaml --seed "$SEED" \
   --model_name "$OUTPUT/world/base" --dataset "$OUTPUT/world/prompts.jsonl" \
   --sft_model_lora_path "$OUTPUT/sft" --reward_model_lora_path "$OUTPUT/reward" --output_dir "$OUTPUT/ppo"
 step "a standalone model of base + PPO adapter"
-python merge_lora.py --base_model_name "$OUTPUT/world/base" --adapter_path "$OUTPUT/ppo" --output_dir "$OUTPUT/merged"
+python merge_lora.py --base_model_name "$OUTPUT/world/base" --adapter_path "$OUTPUT/ppo/best" --output_dir "$OUTPUT/merged"
 step "base, SFT and PPO on held-out prompts"
 python -m demo.table --folder "$OUTPUT"
 step "done"

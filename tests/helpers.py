@@ -82,7 +82,7 @@ def save_sft(base: str, folder: Path, lora_dropout: float = 0.0) -> str:
 
 def save_reward(base: str, folder: Path) -> str:
     """Reward adapter with a score head, as strong as the SFT adapter and unlike it."""
-    model = new_reward_model(load_plain(base), LoraArguments(lora_r=4, lora_alpha=8), seed=2)
+    model, _ = new_reward_model(load_plain(base), LoraArguments(lora_r=4, lora_alpha=8), seed=2)
     strengthen(model, seed=2)
     model.save_pretrained(folder)
     return str(folder)
@@ -108,9 +108,13 @@ def make_ppo_trainer(
     folder: Path,
     statistics: ScoreStatistics | None = None,
     base: PreTrainedModel | None = None,
+    guarded: bool = False,
     **arguments: Any,
 ) -> PPOTrainer:
-    """A PPOTrainer put together as rl_training.main() does it; `base` replaces the model of stages.base."""
+    """A PPOTrainer put together as rl_training.main() does it; `base` replaces the model of stages.base.
+
+    guarded: the guard looks at the training prompts.
+    """
     small = {"batch_size": 8, "mini_batch_size": 4, "steps": 2, "ppo_epochs": 2, "output_max_length": 12}
     quiet = {"use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-3, "save_strategy": "no", "report_to": "none"}
     args = PPOArguments(output_dir=str(folder), **{**small, **quiet, **arguments})
@@ -122,14 +126,16 @@ def make_ppo_trainer(
     )
     tokenizer = make_tokenizer()
     rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+    prompts = number_rows(tokenize_prompts(rows, "{prompt}=", tokenizer, 64))
     return PPOTrainer(
         model=model,
         args=args,
-        train_dataset=number_rows(tokenize_prompts(rows, "{prompt}=", tokenizer, 64)),
+        train_dataset=prompts,
         processing_class=tokenizer,
         callbacks=[RunFiles({}, key="iteration")],
         sampling=make_sampling(args),
         statistics=statistics or ScoreStatistics(),
+        guard_dataset=prompts if guarded else None,
     )
 
 

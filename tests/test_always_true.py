@@ -502,7 +502,7 @@ def test_scores_are_normalised_penalised_and_clipped(stages: Stages, tmp_path: P
 
     Card: mean 1, standard deviation 2.  Baseline 0.5, missing-EOS penalty 1.5, clip at 3.
     """
-    settings = {"reward_baseline": 0.5, "missing_eos_penalty": 1.5, "score_clip": 3.0}
+    settings = {"reward_baseline": 0.5, "missing_eos_penalty": 1.5, "score_clip": 3.0, "floor_broken_replies": False}
     trainer = make_ppo_trainer(stages, tmp_path, statistics=ScoreStatistics(1.0, 2.0), **settings)
     # the third reply is cut though its prompt ends with EOS; the first and the fourth have their own EOS
     batch = make_batch([[5], [6], [7, EOS], [8]], [[40, EOS], [41, 42], [43], [EOS]], PAD)
@@ -517,10 +517,13 @@ def test_scores_are_normalised_penalised_and_clipped(stages: Stages, tmp_path: P
 def test_statistics_come_from_the_reward_card(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Scores of a reward adapter without a card are used as they are, and one line says so."""
     reward = save_reward(stages.base, tmp_path / "reward")
-    assert read_statistics(read_adapter(reward, "--reward_model_lora_path")) == ScoreStatistics(0.0, 1.0)
+
+    def read(**card: object) -> ScoreStatistics:
+        if card:
+            Path(reward, "reward_card.json").write_text(json.dumps({"passed": True, **card}), encoding="utf-8")
+        return read_statistics(read_adapter(reward, "--reward_model_lora_path"), allow_weak=True)
+
+    assert read() == ScoreStatistics(0.0, 1.0)
     assert capsys.readouterr().err.count("has no reward_card.json") == 1
-    card = Path(reward, "reward_card.json")
-    card.write_text(json.dumps({"score_mean": -1.5, "score_std": 0.25}), encoding="utf-8")
-    assert read_statistics(read_adapter(reward, "--reward_model_lora_path")) == ScoreStatistics(-1.5, 0.25)
-    card.write_text(json.dumps({"score_mean": -1.5, "score_std": 0.0}), encoding="utf-8")  # all scores alike
-    assert read_statistics(read_adapter(reward, "--reward_model_lora_path")) == ScoreStatistics(-1.5, 1.0)
+    assert read(score_mean=-1.5, score_std=0.25) == ScoreStatistics(-1.5, 0.25)
+    assert read(score_mean=-1.5, score_std=0.0) == ScoreStatistics(-1.5, 1.0)  # all scores alike

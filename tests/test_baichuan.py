@@ -324,7 +324,7 @@ def test_three_stages_with_the_articles_flags(tmp_path, monkeypatch, tokenizer_f
         output_max_length=24,
         log_with="none",  # tests/test_article.py has a run with wandb
     )
-    start(rl_training, ["--config", "ppo.yaml", *words], monkeypatch)
+    start(rl_training, ["--config", "ppo.yaml", *words, "--allow_weak_reward", "true"], monkeypatch)
     for stage in ("sft", "reward", "ppo"):
         layers = {name.split(".")[-3] for name in load_file(f"{stage}/adapter_model.safetensors") if "lora_" in name}
         assert layers == {"q_proj", "k_proj", "v_proj"}, stage

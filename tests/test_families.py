@@ -99,6 +99,7 @@ def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             [*train_arguments(result, "reward", data["preferences"]), *lora, "--eval_strategy", "no", *held_out],
         )
         adapters = ["--sft_model_lora_path", result.sft, "--reward_model_lora_path", result.reward]
+        adapters += ["--allow_weak_reward", "true"]
         sizes = ["--steps", "2", "--batch_size", "4", "--mini_batch_size", "2", "--ppo_epochs", "2"]
         run(
             rl_training,

@@ -90,6 +90,7 @@ DEFAULTS = {  # what a right command says; a case changes some of it, None takes
         "dataset": "{preferences}",
         "sft_model_lora_path": "{sft}",
         "reward_model_lora_path": "{reward}",
+        "allow_weak_reward": "true",
         "batch_size": "4",
     },
 }

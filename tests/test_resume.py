@@ -36,6 +36,7 @@ def ppo_arguments(stages: Stages, prompts: str, output_dir: Path) -> list[str]:
         *("--output_max_length", "8", "--max_length", "64", "--learning_rate", "0.003", "--adap_kl_ctrl", "true"),
         *("--adap_kl_target", "0.1", "--adap_kl_horizon", "20", "--temperature", "0.9", "--warmup_steps", "2"),
         *("--eval_dataset", prompts, "--eval_strategy", "steps", "--eval_steps", "3"),
+        *("--allow_weak_reward", "true", "--guard", "warn", "--guard_freq", "2"),
     ]
 
 
@@ -164,7 +165,7 @@ def test_a_resumed_stage_1_or_2_run_is_the_run(
 ) -> None:
     """LoRA dropout is on, so the random state has to come back with the weights; 6 steps cross an epoch."""
     script, rows = (sft_training, data["sft"]) if stage == "sft" else (reward_modeling, data["preferences"])
-    size = "3" if stage == "sft" else "6"
+    size = "3" if stage == "sft" else "8"
     arguments = [
         *("--model_name_or_path", base_path, "--dataset", rows, "--max_steps", "6", "--save_steps", "3"),
         *("--learning_rate", "0.01", "--lora_dropout", "0.3", "--per_device_train_batch_size", size),

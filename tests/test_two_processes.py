@@ -70,6 +70,7 @@ def commands(stages: Stages, data: dict[str, str], tmp_path_factory: pytest.Temp
         *("--steps", "3", "--ppo_epochs", "2", "--output_max_length", "10"),
         *("--learning_rate", "0.001", "--adap_kl_ctrl", "true", "--adap_kl_horizon", "50", "--save_freq", "3"),
         *("--eval_strategy", "steps", "--eval_steps", "3"),
+        *("--allow_weak_reward", "true", "--guard", "warn", "--guard_freq", "2"),
     ]
     tune = ["--model_name_or_path", stages.base, "--max_length", "64", "--lora_dropout", "0", "--logging_steps", "1"]
     tune += ["--learning_rate", "0.001", "--max_steps", "3"]

@@ -16,8 +16,9 @@ from utils.adapters import (
     check_adapter,
     enable_jobs,
     load_adapter,
+    load_reward,
     read_adapter,
-    score_job,
+    reward_scores,
     use_adapter,
 )
 from utils.arguments import DEFAULT_TEMPLATE, InputError, ModelArguments
@@ -136,7 +137,7 @@ def load_side_by_side(
     for name, adapter in zip(names, adapters.values(), strict=True):
         load_adapter(model, adapter, name)
     if reward is not None:
-        load_adapter(model, reward, REWARD)
+        load_reward(model, reward)
     models = {BARE_BASE: [], **{title: [name] for title, name in zip(adapters, names, strict=True)}}
     return model.eval(), models
 
@@ -191,8 +192,7 @@ def score_replies(
     """Score of each reply from the reward adapter of the model, in one batch."""
     batch = make_batch(queries, replies, pad_id)
     ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
-    with use_adapter(model, REWARD):
-        return model(input_ids=ids, attention_mask=mask, job=score_job(mask, REWARD)).tolist()
+    return reward_scores(model, {"input_ids": ids, "attention_mask": mask}).tolist()
 
 
 def answer(

@@ -299,7 +299,9 @@ def tokenize_sft(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBas
 def tokenize_preferences(
     rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_length: int, overlong: str
 ) -> Dataset:
-    """Columns chosen_ids, rejected_ids (prompt + reply + EOS), query_length and length of every usable pair.
+    """Columns chosen_ids, rejected_ids (prompt + reply + EOS), query_length, length, margin and kind of every usable pair.
+
+    margin: how much better the chosen reply is, from a column of that name, else 0.  kind: "", see utils/degenerate.py.
 
     A pair in which either side is longer than `max_length` is dropped, or with overlong="cut" both of its replies are
     cut to the same number of tokens and lose their EOS: a reply that was cut must not pass for a short or an unfinished
@@ -328,9 +330,10 @@ def tokenize_preferences(
             status = "cut"
         ids = {name: query + reply for name, reply in zip(("chosen_ids", "rejected_ids"), replies, strict=True)}
         length = len(query) + max(map(len, replies))  # for --train_sampling_strategy group_by_length
-        return [{"status": status, "query_length": len(query), "length": length, **ids}]
+        extra = {"length": length, "margin": float(row.get("margin") or 0.0), "kind": ""}
+        return [{"status": status, "query_length": len(query), **extra, **ids}]
 
-    columns = ("chosen_ids", "rejected_ids", "query_length", "length")
+    columns = ("chosen_ids", "rejected_ids", "query_length", "length", "margin", "kind")
     return _map_and_count(rows, encode, ("kept", "cut"), columns, "preference pairs")
 
 

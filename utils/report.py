@@ -158,6 +158,10 @@ def draw_curves(folder: str) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in read_jsonl(os.path.join(folder, "metrics.jsonl")) if "score_mean" in row]
+    with open(os.path.join(folder, "run.json"), encoding="utf-8") as file:
+        run = json.load(file)
+    best, collapse = (run.get("best") or {}).get("iteration"), run.get("guard", {}).get("collapse_at")
+    marks = [(best, "best", "#009e73"), (collapse, "collapse", "#d55e00")]
     os.makedirs(os.path.join(folder, "plots"), exist_ok=True)
     for metric, title in CURVES.items():
         figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
@@ -166,6 +170,10 @@ def draw_curves(folder: str) -> None:
             low = [row["score_mean"] - row["score_std"] for row in rows]
             high = [row["score_mean"] + row["score_std"] for row in rows]
             axes.fill_between([row["iteration"] for row in rows], low, high, alpha=0.15, label="one standard deviation")
+        for iteration, label, colour in marks:
+            if iteration is not None:
+                axes.axvline(iteration, linestyle="--", linewidth=1.2, color=colour, label=label)
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
         axes.set(xlabel="iteration", title=title)
         axes.grid(alpha=0.3)

@@ -1,0 +1,257 @@
+"""Broken replies: what each kind is, that good short replies are left alone, and that the broken ones are found again."""
+
+import pytest
+from datasets import Dataset
+
+from tests.conftest import make_tokenizer
+from utils.degenerate import (
+    BLANKS,
+    KINDS,
+    STOCK,
+    GoodReply,
+    ReplyBreaker,
+    broken_pairs,
+    distinct_runs,
+    find_broken,
+    script_of,
+    words_of,
+)
+
+TOKENIZER = make_tokenizer()
+EOS = TOKENIZER.eos_token_id
+ROWS = [
+    {
+        "prompt": "What do cats eat?",
+        "chosen": "Cats eat fish. They like milk too.",
+        "rejected": "Cats eat mice at night.",
+    },
+    {
+        "prompt": "Is rice cheap?",
+        "chosen": "Rice is cheap. You buy it by the bag.",
+        "rejected": "Rice may be cheap or not.",
+    },
+    {
+        "prompt": "Who painted this?",
+        "chosen": "Goya painted it in Spain. He was old.",
+        "rejected": "A man painted it there.",
+    },
+    {"prompt": "熊猫吃什么？", "chosen": "熊猫主要吃竹子。它们每天吃很多。", "rejected": "熊猫是一种动物。"},
+    {"prompt": "长城有多长？", "chosen": "长城非常长。它有两万多公里。", "rejected": "长城在中国北方。"},
+    {"prompt": "怎么煮面条？", "chosen": "先把水烧开。再放面条煮三分钟。", "rejected": "面条放进锅里就行。"},
+]
+
+
+def decoded(ids: list[int]) -> str:
+    return TOKENIZER.decode(ids)
+
+
+def good_replies(rows: list[dict[str, str]]) -> list[GoodReply]:
+    return [GoodReply(r["prompt"], r["chosen"], TOKENIZER(r["chosen"])["input_ids"]) for r in rows]
+
+
+@pytest.fixture(scope="module")
+def breaker() -> ReplyBreaker:
+    return ReplyBreaker(good_replies(ROWS), TOKENIZER, seed=0)
+
+
+def made(breaker: ReplyBreaker, kind: str) -> list[tuple[GoodReply, str]]:
+    """All replies of a kind that the breaker makes, with the good ones they were made from."""
+    pairs = [(good, breaker.break_reply(kind, index)) for index, good in enumerate(breaker.replies)]
+    return [(good, decoded(ids)) for good, ids in pairs if ids is not None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_made_and_is_never_the_good_reply(breaker: ReplyBreaker, kind: str) -> None:
+    replies = made(breaker, kind)
+    assert len(replies) >= 4
+    for good, broken in replies:
+        assert broken.strip() != good.reply.strip()
+
+
+def test_what_each_kind_is(breaker: ReplyBreaker) -> None:
+    assert {broken for _, broken in made(breaker, "empty")} == {""}
+    for _, broken in made(breaker, "blank"):
+        assert not any(mark.isalnum() for mark in broken)
+        assert broken
+    for good, broken in made(breaker, "repeated"):
+        joiner = " " if " " in good.reply else ""
+        assert broken in {joiner.join([good.reply] * times) for times in (2, 3)}
+    for good, broken in made(breaker, "sentence_loop"):
+        last = good.reply.replace("。", "。|").replace(". ", ".|").strip("|").split("|")[-1]
+        assert broken.startswith(good.reply)
+        assert 3 <= broken.count(last) <= 6
+    for good, broken in made(breaker, "shuffled"):
+        assert sorted(words_of(broken)) == sorted(words_of(good.reply))
+        assert words_of(broken) != words_of(good.reply)
+    for good, broken in made(breaker, "echo"):
+        assert broken.replace(" ", "") in {good.prompt.replace(" ", "") * times for times in (1, 2)}
+    for good, broken in made(breaker, "stock"):
+        assert broken in STOCK["LATIN" if good.prompt.isascii() else "CJK"]
+    others = {row["chosen"] for row in ROWS}
+    for good, broken in made(breaker, "off_topic"):
+        assert broken in others - {good.reply}
+        assert script_of(broken) == script_of(good.reply)
+    for good, broken in made(breaker, "wrong_language"):
+        assert broken in others
+        assert {script_of(broken), script_of(good.reply)} == {"LATIN", "CJK"}
+
+
+@pytest.mark.parametrize("percent", [5, 10, 25, 50])
+def test_cut_to_a_share_of_the_tokens(breaker: ReplyBreaker, percent: int) -> None:
+    for index, good in enumerate(breaker.replies):
+        ids = breaker.break_reply(f"cut_{percent}", index)
+        wanted = max(1, round(len(good.ids) * percent / 100))
+        assert ids == good.ids[: len(ids)]
+        assert len(ids) <= wanted
+        assert len(ids) == wanted or decoded(good.ids[: len(ids) + 1]).rstrip()[-1] in ".。"
+
+
+def test_a_cut_never_ends_where_a_sentence_does() -> None:
+    """Half of a reply of two sentences is one whole sentence, which may be a good short reply: it must not be punished."""
+    text = "Cats eat fish. Dogs eat meat."
+    ids = TOKENIZER(text)["input_ids"]
+    breaker = ReplyBreaker([GoodReply("What?", text, ids)], TOKENIZER, seed=0)
+    first_sentence = next(n for n in range(len(ids)) if decoded(ids[:n]) == "Cats eat fish.")
+    for percent in (5, 10, 25, 50):
+        assert not decoded(breaker.break_reply(f"cut_{percent}", 0)).endswith(".")
+    assert breaker._cut(breaker.replies[0], first_sentence) == ids[: first_sentence - 1]
+
+
+def test_token_loop_ends_in_one_token(breaker: ReplyBreaker) -> None:
+    for index, good in enumerate(breaker.replies):
+        ids = breaker.break_reply("token_loop", index)
+        assert ids[-6:] == [ids[-1]] * 6
+        assert ids[-1] in good.ids
+
+
+@pytest.mark.parametrize("reply", ["Yes.", "No!", "4", "好。"])
+def test_a_good_short_reply_is_neither_cut_nor_made_tiny(reply: str) -> None:
+    """Three tokens of a reply of four are nearly all of it: taught as broken, they would teach that short is bad."""
+    ids = TOKENIZER(reply)["input_ids"][:5]
+    breaker = ReplyBreaker([GoodReply("Is it?", reply, ids)], TOKENIZER, seed=0)
+    kinds = ["tiny", "cut_5", "cut_10", "cut_25", "cut_50", "shuffled"]
+    assert [breaker.break_reply(kind, 0) for kind in kinds] == [None] * 6
+
+
+def test_a_reply_that_may_answer_this_prompt_too_is_not_off_topic() -> None:
+    rows = [
+        {"prompt": "Do you like tea?", "chosen": "I like tea."},
+        {"prompt": "Is tea good?", "chosen": "Tea helps me."},
+    ]
+    breaker = ReplyBreaker(good_replies(rows), TOKENIZER, seed=0)
+    assert breaker.break_reply("off_topic", 1) is None  # "I like tea." has as many of its words as its own reply
+
+
+def test_no_wrong_language_in_data_of_one_language() -> None:
+    breaker = ReplyBreaker(good_replies(ROWS[:3]), TOKENIZER, seed=0)
+    assert made(breaker, "wrong_language") == []
+
+
+def test_the_seed_decides() -> None:
+    def everything(seed: int, held_out: bool = False) -> list[list[int] | None]:
+        breaker = ReplyBreaker(good_replies(ROWS), TOKENIZER, seed, held_out)
+        return [breaker.break_reply(kind, index) for kind in KINDS for index in range(len(ROWS))]
+
+    assert everything(3) == everything(3)
+    assert everything(3) != everything(4)
+
+
+def test_probes_have_phrases_that_no_training_pair_has() -> None:
+    def texts(kind: str, held_out: bool) -> set[str]:
+        found = set()
+        for seed in range(40):
+            found |= {text for _, text in made(ReplyBreaker(good_replies(ROWS), TOKENIZER, seed, held_out), kind)}
+        return found
+
+    assert texts("stock", False)
+    assert not texts("stock", False) & texts("stock", True)
+    assert {mark for text in texts("blank", True) for mark in text} <= {
+        mark for text in BLANKS[1::2] for mark in text
+    } | {" "}
+
+
+def test_an_unknown_kind_is_named(breaker: ReplyBreaker) -> None:
+    with pytest.raises(ValueError, match="no kind 'upside_down'"):
+        breaker.break_reply("upside_down", 0)
+
+
+# ---- Pairs ----
+
+
+def pairs_of(counts: dict[str, int], max_length: int = 200, held_out: bool = False) -> list[dict]:
+    return broken_pairs(Dataset.from_list(ROWS), counts, ("{prompt}=", TOKENIZER, max_length), 0, held_out)
+
+
+def test_pairs_are_prompt_reply_and_eos() -> None:
+    pairs = pairs_of({"empty": 4, "stock": 3}, held_out=True)
+    assert [pair["kind"] for pair in pairs] == ["empty"] * 4 + ["stock"] * 3
+    by_query = {tuple(TOKENIZER(row["prompt"] + "=")["input_ids"]): row for row in ROWS}
+    for pair in pairs:
+        row = by_query[tuple(pair["chosen_ids"][: pair["query_length"]])]
+        assert pair["chosen_ids"][pair["query_length"] :] == [*TOKENIZER(row["chosen"])["input_ids"], EOS]
+        assert pair["rejected_ids"][: pair["query_length"]] == pair["chosen_ids"][: pair["query_length"]]
+        assert pair["rejected_ids"][-1] == EOS
+        assert pair["length"] == max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+        if pair["kind"] == "empty":
+            assert pair["rejected_ids"][pair["query_length"] :] == [EOS]
+
+
+def test_every_second_training_pair_is_made_from_a_rejected_reply() -> None:
+    """With good replies alone on the better side, a cut reply came out above the dull ones that a policy starts from."""
+    rejected = {row["rejected"] for row in ROWS}
+
+    def share(kind: str, held_out: bool) -> float:
+        pairs = pairs_of({kind: 4}, held_out=held_out)
+        better = [decoded(pair["chosen_ids"][pair["query_length"] : -1]) for pair in pairs]
+        return sum(text in rejected for text in better) / len(better)
+
+    assert share("empty", held_out=False) == 0.5
+    assert share("empty", held_out=True) == 0
+    assert share("stock", held_out=False) == 0  # a refusal may well be better than a harmful reply
+
+
+def test_a_broken_reply_that_is_too_long_is_cut_and_has_no_eos() -> None:
+    longest = max(len(TOKENIZER(row["prompt"] + "=" + row["chosen"])["input_ids"]) + 1 for row in ROWS)
+    pairs = pairs_of({"repeated": 6}, max_length=longest, held_out=True)
+    cut = [pair for pair in pairs if pair["rejected_ids"][-1] != EOS]
+    assert cut
+    assert all(len(pair["rejected_ids"]) == longest for pair in cut)
+
+
+# ---- Finding ----
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ("...！ \n", "blank"),
+        ("tea tea tea tea tea tea tea tea", "loop"),
+        ("我喜欢茶。我喜欢茶。我喜欢茶。", "loop"),
+        ("What is tea?", "echo"),
+        ("what is tea? What is tea", "echo"),
+        ("Tea.", None),
+        ("好。", None),
+        ("👍", None),
+        ("Tea is a drink that people make from leaves and hot water.", None),
+        ("What is tea? It is a drink.", None),
+        ("no no no", None),  # three words are no loop yet
+    ],
+)
+def test_find_broken(reply: str, kind: str | None) -> None:
+    assert find_broken("What is tea?", reply) == kind
+
+
+def test_distinct_runs_by_hand() -> None:
+    assert distinct_runs("a b a b a", 2) == pytest.approx(2 / 4)  # ab ba ab ba
+    assert distinct_runs("我喜我喜", 2) == pytest.approx(2 / 3)  # characters are words: 我喜 喜我 我喜
+    assert distinct_runs("one", 3) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["empty", "blank", "repeated", "sentence_loop", "echo"])
+def test_what_is_made_is_found(breaker: ReplyBreaker, kind: str) -> None:
+    replies = made(breaker, kind)
+    found = [find_broken(good.prompt, broken) for good, broken in replies]
+    assert sum(name is not None for name in found) >= len(replies) - 1  # a short reply twice may pass for emphasis
+    assert not any(find_broken(good.prompt, good.reply) for good in breaker.replies)

@@ -1,0 +1,192 @@
+"""The guard: what it measures, when it speaks, when a collapse is certain, and which policy is the best."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from utils.guard import ALARM, WARNING, Guard, Limits, find_signs, floor_scores, measure_replies
+
+SFT = {
+    "length": 20.0,
+    "broken": 0.0,
+    "empty": 0.0,
+    "same": 0.02,
+    "distinct": 0.6,
+    "kl": 0.0,
+    "score": 0.0,
+    "extreme": 2.0,
+}
+LIMITS = Limits(kl_budget=5.0)
+
+
+def levels(**changes: float) -> list[str]:
+    return [level for level, _ in find_signs({**SFT, **changes}, SFT, LIMITS)]
+
+
+# ---- The floor ----
+
+
+def test_floor_by_hand() -> None:
+    """Card: mean 1, standard deviation 2, so the floor is at most 1 - 3 * 2 = -5, and the lowest sound score is -6."""
+    scores = torch.tensor([9.0, -6.0, 2.0, -7.0])
+    broken = torch.tensor([True, False, False, True])
+    assert floor_scores(scores, broken, 1.0, 2.0).tolist() == [-6.0, -6.0, 2.0, -7.0]
+    assert floor_scores(scores, broken, -2.0, 2.0).tolist() == [-8.0, -6.0, 2.0, -8.0]
+
+
+def test_floor_where_all_or_none_are_broken() -> None:
+    scores = torch.tensor([9.0, 3.0])
+    assert floor_scores(scores, torch.tensor([True, True]), 0.0, 1.0).tolist() == [-3.0, -3.0]
+    assert floor_scores(scores, torch.tensor([False, False]), 0.0, 1.0).tolist() == [9.0, 3.0]
+
+
+def test_one_lucky_empty_reply_gets_no_advantage() -> None:
+    """The article: a single empty reply with a very high score was enough to send the model down the wrong way."""
+    scores = torch.tensor([0.1, -0.2, 0.0, 12.0])
+    broken = torch.tensor([False, False, False, True])
+    assert int(floor_scores(scores, broken, 0.0, 1.0).argmin()) == 3
+    assert int(scores.argmax()) == 3
+
+
+# ---- Measures ----
+
+
+def test_measures_by_hand() -> None:
+    prompts = ["a?", "b?", "b?", "c?"]
+    replies = ["one two three", "one two three", "", "four five"]
+    measures = measure_replies(prompts, replies, [4, 4, 1, 3])
+    assert measures["length"] == 3.0
+    assert measures["broken"] == measures["empty"] == 0.25
+    assert measures["same"] == 0.5  # two prompts got "one two three"
+    # pairs: one-two, two-three, one-two, two-three, four-five: three different ones of five
+    assert measures["distinct"] == pytest.approx(3 / 5)
+
+
+def test_the_same_reply_to_the_same_prompt_is_no_sign() -> None:
+    assert measure_replies(["a?", "a?"], ["yes indeed", "yes indeed"], [3, 3])["same"] == 0.0
+
+
+def test_measures_of_nothing_but_empty_replies() -> None:
+    measures = measure_replies(["a?", "b?"], ["", ""], [1, 1])
+    assert (measures["broken"], measures["distinct"], measures["same"]) == (1.0, 1.0, 1.0)
+
+
+# ---- Signs ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"length": 17.1}, []),
+        ({"length": 16.9}, [WARNING]),
+        ({"length": 12.0}, [ALARM]),
+        ({"length": 30.0}, [WARNING]),
+        ({"length": 40.0}, [ALARM]),
+        ({"broken": 0.06}, [WARNING]),
+        ({"broken": 0.3}, [ALARM]),
+        ({"same": 0.13}, [WARNING]),
+        ({"same": 0.5}, [ALARM]),
+        ({"distinct": 0.29}, [WARNING]),
+        ({"distinct": 0.2}, [ALARM]),
+        ({"kl": 5.0}, [WARNING]),
+        ({"kl": 10.0}, [ALARM]),
+        ({"extreme": 9.0}, [WARNING]),
+    ],
+)
+def test_each_sign(changes: dict[str, float], expected: list[str]) -> None:
+    assert levels(**changes) == expected
+
+
+def test_a_rising_score_alone_is_no_sign() -> None:
+    assert levels(score=3.0) == []
+    assert levels(score=3.0, length=16.0) == [WARNING]
+
+
+def test_two_warnings_and_a_rising_score_are_an_alarm() -> None:
+    """The article's curves: the reward rises while the replies shrink.  Each by itself is ordinary."""
+    assert levels(length=16.0, same=0.2) == [WARNING, WARNING]
+    assert levels(length=16.0, same=0.2, score=0.4) == [WARNING, WARNING]
+    assert levels(length=16.0, same=0.2, score=0.5) == [ALARM, WARNING, WARNING]
+
+
+def test_signs_name_the_numbers() -> None:
+    (_, sentence), *rest = find_signs({**SFT, "length": 6.04}, SFT, LIMITS)
+    assert (sentence, rest) == ("replies shrink: 6.0 tokens a reply, the SFT model 20.0", [])
+
+
+# ---- The watch over a run ----
+
+
+def watched(patience: int = 2) -> Guard:
+    guard = Guard(LIMITS, patience)
+    assert guard.check(0, {"held-out": SFT}) == []
+    return guard
+
+
+def look(guard: Guard, iteration: int, **changes: float) -> list[tuple[str, str]]:
+    return guard.check(iteration, {"rollouts": {**SFT, **changes}})
+
+
+def test_a_source_is_compared_with_its_own_first_measures() -> None:
+    guard = watched()
+    assert look(guard, 1, length=8.0) == []  # the rollouts' prompts have short answers
+    assert look(guard, 2, length=8.0) == []
+    assert [level for level, _ in guard.check(3, {"held-out": {**SFT, "length": 8.0}})] == [ALARM]
+
+
+def test_a_collapse_is_certain_after_two_alarms_in_three_iterations() -> None:
+    guard = watched()
+    look(guard, 1)
+    look(guard, 2, length=5.0)
+    assert guard.verdict is None
+    look(guard, 3)
+    look(guard, 4, length=5.0)
+    assert guard.collapse_at == 4
+    assert guard.verdict == "iteration 4, rollouts: replies shrink: 5.0 tokens a reply, the SFT model 20.0"
+
+
+def test_alarms_far_apart_are_no_collapse() -> None:
+    guard = watched()
+    look(guard, 1)
+    for iteration in range(2, 30):
+        look(guard, iteration, length=5.0 if iteration % 3 == 0 else 20.0)
+    assert guard.verdict is None
+
+
+def test_the_first_verdict_stays() -> None:
+    guard = watched(patience=1)
+    look(guard, 1)
+    look(guard, 2, kl=11.0)
+    look(guard, 3, length=1.0)
+    assert guard.collapse_at == 2
+    assert "KL to the SFT model is 11.0 nats a reply, the budget 5" in guard.verdict
+
+
+def test_best_is_the_highest_score_without_a_sign() -> None:
+    guard = watched()
+    assert guard.is_best(0, SFT, [])
+    assert not guard.is_best(4, {**SFT, "score": -0.1}, [])
+    assert guard.is_best(8, {**SFT, "score": 0.7, "kl": 2.0}, [])
+    signs = find_signs({**SFT, "score": 2.0, "kl": 5.1}, SFT, LIMITS)
+    assert not guard.is_best(12, {**SFT, "score": 2.0, "kl": 5.1}, signs)  # over the KL budget
+    assert guard.best == {"iteration": 8, "score": 0.7, "kl": 2.0}
+
+
+def test_the_state_goes_through_a_checkpoint() -> None:
+    guard = watched()
+    look(guard, 1)
+    look(guard, 2, length=5.0)
+    guard.is_best(2, {**SFT, "score": 0.5}, [])
+    restored = Guard(LIMITS, 2)
+    restored.restore(json.loads(json.dumps(guard.state())))
+    assert restored == guard
+    look(restored, 3, length=5.0)
+    assert restored.collapse_at == 3
+
+
+def test_nan_scores_raise_no_false_alarm() -> None:
+    """A comparison with nan is false: such a run is not the guard's business, and it must not crash on it."""
+    assert levels(score=math.nan) == []

@@ -1,0 +1,230 @@
+"""The gate, the floor, best/ and the rollback, in whole PPO runs of a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+import rl_training
+from rl_training import Experience, ScoreStatistics, split_guard_prompts
+from tests.conftest import write_rows
+from tests.helpers import (
+    PROMPTS,
+    Stages,
+    make_ppo_trainer,
+    make_stages,
+    move_policy,
+    run_main,
+    save_lively_base,
+)
+from utils.adapters import POLICY, REFERENCE, read_adapter
+from utils.arguments import InputError
+from utils.guard import Guard, Limits
+from utils.report import read_jsonl
+from utils.rollout import make_batch
+
+PAD, EOS = 0, 2
+CARD = {"score_mean": 0.0, "score_std": 1.0, "passed": True, "failed": []}
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    folder = tmp_path_factory.mktemp("stages")
+    return make_stages(save_lively_base(folder / "base"), folder)
+
+
+@pytest.fixture
+def start(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Function (arguments) -> output folder of a run of rl_training.main(); the reward adapter has a card that passed."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    write_card(stages, **CARD)
+
+    def run(**arguments: object) -> Path:
+        settings = {
+            "model_name_or_path": stages.base,
+            "sft_model_lora_path": stages.sft,
+            "reward_model_lora_path": stages.reward,
+            "dataset": prompts,
+            "output_dir": tmp_path / "ppo",
+            "prompt_template": "{prompt}=",
+            "steps": 4,
+            "batch_size": 4,
+            "mini_batch_size": 4,
+            "ppo_epochs": 2,
+            "output_max_length": 8,
+            "max_length": 64,
+            "learning_rate": 0.01,
+            **arguments,
+        }
+        words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        run_main(rl_training, words, monkeypatch)
+        return tmp_path / "ppo"
+
+    return run
+
+
+def write_card(stages: Stages, **card: object) -> None:
+    Path(stages.reward, "reward_card.json").write_text(json.dumps(card), encoding="utf-8")
+
+
+def policy_of(trainer: rl_training.PPOTrainer, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter, by their name without the adapter's."""
+    state = trainer.model.state_dict()
+    return {key.replace(f".{name}.", "."): value.clone() for key, value in state.items() if f".{name}." in key}
+
+
+# ---- The gate ----
+
+
+def test_a_reward_model_that_failed_its_card_is_refused(start, stages: Stages, tmp_path: Path) -> None:
+    write_card(stages, **{**CARD, "passed": False, "failed": ["probe empty 0.183 (wanted 0.95)"]})
+    with pytest.raises(InputError) as refused:
+        start()
+    message = str(refused.value)
+    assert "did not pass its reward card: probe empty 0.183 (wanted 0.95)" in message
+    assert "--allow_weak_reward true" in message
+    assert not (tmp_path / "ppo").exists()
+
+
+def test_a_reward_model_without_a_card_is_refused(start, stages: Stages, tmp_path: Path) -> None:
+    Path(stages.reward, "reward_card.json").unlink()
+    with pytest.raises(InputError, match=r"has no reward_card\.json, .* --allow_weak_reward true"):
+        start()
+    assert not (tmp_path / "ppo").exists()
+
+
+def test_a_weak_reward_model_can_be_allowed(start, stages: Stages, capsys: pytest.CaptureFixture) -> None:
+    write_card(stages, **{**CARD, "passed": False, "failed": ["probe empty 0.183 (wanted 0.95)"]})
+    folder = start(allow_weak_reward="true", steps=1, guard="off")
+    assert "warning: the reward adapter" in capsys.readouterr().err
+    assert (folder / "adapter_model.safetensors").exists()
+
+
+# ---- The floor ----
+
+
+def test_a_broken_reply_is_scored_at_the_floor(stages: Stages, tmp_path: Path) -> None:
+    """The reward model gives the empty reply 20, the others 1 and 2: it gets mean - 3 std, before anything is clipped."""
+    trainer = make_ppo_trainer(stages, tmp_path, statistics=ScoreStatistics(1.0, 2.0))
+    batch = make_batch([[5], [6], [8]], [[40, EOS], [41, EOS], [EOS]], PAD)
+    zeros = torch.zeros(3, 2)
+    experience = Experience(batch, torch.arange(3), zeros, zeros, zeros, zeros, torch.tensor([1.0, 2.0, 20.0]))
+    assert trainer.normalized_scores(experience).tolist() == [0.0, 0.5, -3.0]
+    trainer.args.floor_broken_replies = False
+    assert trainer.normalized_scores(experience).tolist() == [0.0, 0.5, 5.0]  # 9.5, clipped
+
+
+# ---- Rollback ----
+
+
+def certain_collapse(trainer: rl_training.PPOTrainer) -> None:
+    """A guard for which any move away from the SFT model is a collapse."""
+    trainer.guard = Guard(Limits(kl_budget=1e-6), patience=1)
+
+
+def test_a_collapse_stops_the_run_and_brings_the_best_policy_back(
+    stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    trainer = make_ppo_trainer(stages, tmp_path, steps=6, guarded=True)
+    certain_collapse(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 2  # iteration 1 still sampled from the SFT model
+    ours, reference = policy_of(trainer, POLICY), policy_of(trainer, REFERENCE)
+    assert ours.keys() == reference.keys()
+    assert all(torch.equal(ours[name], reference[name]) for name in ours)
+    assert not trainer.model.get_base_model().v_head.weight.any()  # as it was at the start, too
+    printed = capsys.readouterr().err
+    assert "collapse: iteration 2, rollouts: " in printed
+    assert "KL to the SFT model is" in printed
+    assert "stopped, and rolled back to best/: the policy of iteration 0" in printed
+    outcome = trainer.outcome()
+    assert outcome["best"]["iteration"] == 0
+    assert outcome["guard"]["stopped"] is True
+    assert (outcome["guard"]["collapse_at"], outcome["guard"]["rolled_back_to"]) == (2, 0)
+
+
+def test_a_guard_that_warns_lets_the_run_go_on(stages: Stages, tmp_path: Path) -> None:
+    trainer = make_ppo_trainer(stages, tmp_path, steps=4, guarded=True, guard="warn")
+    certain_collapse(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    ours, reference = policy_of(trainer, POLICY), policy_of(trainer, REFERENCE)
+    assert not all(torch.equal(ours[name], reference[name]) for name in ours)
+    assert trainer.outcome()["guard"] == {
+        "verdict": trainer.guard.verdict,
+        "collapse_at": 2,
+        "stopped": False,
+        "rolled_back_to": None,
+    }
+
+
+def test_the_watch_changes_nothing_in_a_run_that_it_does_not_stop(stages: Stages, tmp_path: Path) -> None:
+    weights = []
+    for name, guarded in (("with", True), ("without", False)):
+        trainer = make_ppo_trainer(stages, tmp_path / name, steps=3, guarded=guarded, guard="warn", guard_freq=1)
+        trainer.train()
+        weights.append(policy_of(trainer, POLICY))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_stopped_run_ends_in_order(start) -> None:
+    """run.json tells what happened, the adapter in the output folder is the one of best/, and the pictures are there."""
+    folder = start(kl_budget=1e-6, guard_patience=1)
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert run["guard"]["stopped"] is True
+    assert run["guard"]["verdict"].startswith("iteration 2, rollouts: ")
+    assert "the budget 1e-06" in run["guard"]["verdict"]
+    ours, best = (load_file(path / "adapter_model.safetensors") for path in (folder, folder / "best"))
+    assert all(torch.equal(ours[name], best[name]) for name in ours)
+    assert (folder / "plots" / "kl.png").exists()
+
+
+# ---- best/ ----
+
+
+def test_best_is_the_checkpoint_with_the_highest_held_out_score(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found again from what the run wrote.  Nothing counts as a sign here: random replies of a random model have many."""
+    anything = Limits(1e9, length_low=(0, 0), length_high=(1e9, 1e9), broken=(2, 2), same=(2, 2), distinct=(-1, -1))
+    monkeypatch.setattr(rl_training, "Limits", lambda kl_budget: anything)
+    folder = start(steps=5, save_freq=1, guard_freq=1, learning_rate=0.0005)
+    rows = [row for row in read_jsonl(str(folder / "metrics.jsonl")) if "heldout/score" in row]
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5]
+    assert not any(row["guard/signs"] for row in rows)
+    state = json.loads((folder / "ppo_state.json").read_text(encoding="utf-8"))
+    scores = [state["guard"]["baselines"]["held-out"]["score"], *(row["heldout/score"] for row in rows)]
+    iteration = scores.index(max(scores))
+    assert 0 < iteration < 5  # else this test says nothing
+    run = json.loads((folder / "best" / "run.json").read_text(encoding="utf-8"))
+    assert run["best"] == {"iteration": iteration, "score": max(scores), "kl": rows[iteration - 1]["heldout/kl"]}
+    best = load_file(folder / "best" / "adapter_model.safetensors")
+    then = load_file(folder / f"checkpoint-{iteration}" / "adapter_model.safetensors")
+    assert all(torch.equal(best[name], then[name]) for name in best)
+    assert (folder / "best" / "value_head.safetensors").exists()
+    assert not (folder / "best.new").exists()
+    read_adapter(str(folder / "best"), "--adapter_path")
+
+
+def test_the_first_look_is_at_the_sft_model(stages: Stages, tmp_path: Path) -> None:
+    """Replies are compared with the SFT model's own: also where the policy has moved before the first look of a resumed
+    run, whose baselines come from the checkpoint."""
+    trainer = make_ppo_trainer(stages, tmp_path, guarded=True)
+    trainer.watch(0, {})
+    baseline = dict(trainer.guard.baselines["held-out"])
+    assert baseline["kl"] == pytest.approx(0, abs=1e-4)
+    move_policy(trainer)
+    trainer.watch(4, {})
+    assert trainer.guard.baselines["held-out"] == baseline
+
+
+def test_guard_prompts_are_held_out_of_training() -> None:
+    rows = Dataset.from_list([{"prompt": str(i)} for i in range(100)])
+    train, guard = split_guard_prompts(rows, count=64, needed=32)
+    assert len(guard) == 10
+    assert sorted([*train["prompt"], *guard["prompt"]]) == sorted(rows["prompt"])
+    train, guard = split_guard_prompts(rows, count=5, needed=32)
+    assert (len(train), len(guard)) == (95, 5)
+    train, guard = split_guard_prompts(rows, count=64, needed=95)  # 90 would be too few for an iteration
+    assert (len(train), len(guard)) == (100, 10)

@@ -1,0 +1,150 @@
+"""The reward card: its arithmetic against hand calculation, its verdict, its table and its picture."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.arguments import InputError
+from utils.reward_card import (
+    accuracy,
+    calibration_error,
+    card_table,
+    fit_temperature,
+    length_correlation,
+    length_only_accuracy,
+    pair_measures,
+    read_card,
+    verdict,
+    write_card,
+)
+
+CARD = {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "probes": {"empty": 1.0, "cut_50": 0.94}}
+
+
+def test_accuracy_counts_a_tie_as_half() -> None:
+    assert accuracy(np.array([[2.0, 1.0], [1.0, 2.0], [1.0, 1.0], [3.0, 0.0]])) == 2.5 / 4
+
+
+def test_calibration_error_by_hand() -> None:
+    """Ten pairs with margin log 4: probability 0.8 of being right.  Eight are right: error 0.  Five are: error 0.3."""
+    margin = np.log(4.0)
+    assert calibration_error(np.array([margin] * 8 + [-margin] * 2)) == pytest.approx(0.0, abs=1e-9)
+    assert calibration_error(np.array([margin] * 5 + [-margin] * 5)) == pytest.approx(0.3)
+
+
+def test_calibration_error_weighs_the_bins() -> None:
+    """Four pairs at 0.8 of which two are right (gap 0.3), one sure one that is right (confidence 1, gap 0)."""
+    margin = np.log(4.0)
+    assert calibration_error(np.array([margin, margin, -margin, -margin, 50.0])) == pytest.approx(0.3 * 4 / 5)
+
+
+def test_temperature_against_a_grid() -> None:
+    generator = np.random.default_rng(0)
+    margins = generator.normal(1.0, 2.0, 400)
+    grid = np.geomspace(0.05, 20, 4000)
+    losses = [np.log1p(np.exp(-margins / t)).mean() for t in grid]
+    assert fit_temperature(margins) == pytest.approx(grid[int(np.argmin(losses))], rel=5e-3)
+
+
+def test_temperature_scales_with_the_scores() -> None:
+    """A model that is three times as sure of itself needs three times the temperature."""
+    margins = np.random.default_rng(1).normal(0.5, 1.0, 300)
+    assert fit_temperature(3 * margins) == pytest.approx(3 * fit_temperature(margins), rel=1e-6)
+
+
+def test_temperature_has_bounds() -> None:
+    assert fit_temperature(np.array([1.0, 2.0])) == pytest.approx(0.01, rel=1e-6)  # never wrong: as sure as it may be
+    assert fit_temperature(np.array([-1.0, -2.0])) == pytest.approx(100.0, rel=1e-6)
+
+
+def test_length_only_accuracy_learns_the_side_from_training() -> None:
+    train = np.array([[5, 9], [5, 9], [9, 5]])  # the shorter one wins
+    held_out = np.array([[3, 4], [4, 3], [2, 8], [5, 5]])
+    assert length_only_accuracy(train, held_out) == (1 + 0 + 1 + 0.5) / 4
+    assert length_only_accuracy(train[:, ::-1], held_out) == (0 + 1 + 0 + 0.5) / 4
+
+
+def test_length_correlation_against_torch() -> None:
+    generator = np.random.default_rng(0)
+    scores, lengths = generator.normal(size=(20, 2)), generator.integers(1, 50, (20, 2))
+    expected = torch.corrcoef(torch.tensor(np.stack([scores.ravel(), lengths.ravel()])))[0, 1]
+    assert length_correlation(scores, lengths) == pytest.approx(float(expected))
+    assert length_correlation(scores, np.full((20, 2), 7)) == 0.0
+
+
+def test_pair_measures_by_hand() -> None:
+    """Lengths chosen/rejected: 10/10 (matched), 5/20 (shorter, short), 20/10 (longer), 19/20 (matched, shorter)."""
+    scores = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [3.0, 0.0]])
+    lengths = np.array([[10, 10], [5, 20], [20, 10], [19, 20]])
+    measures = pair_measures(scores, lengths, train_lengths=lengths)
+    assert measures["accuracy"] == 0.75
+    assert (measures["length_matched_accuracy"], measures["length_matched_pairs"]) == (1.0, 2)
+    assert (measures["shorter_chosen_accuracy"], measures["shorter_chosen_pairs"]) == (0.5, 2)
+    assert (measures["longer_chosen_accuracy"], measures["longer_chosen_pairs"]) == (1.0, 1)
+    assert (measures["short_good_accuracy"], measures["short_good_pairs"]) == (0.0, 1)
+    assert measures["score_mean"] == pytest.approx(7 / 8)
+
+
+def test_measures_of_sorts_that_are_not_there() -> None:
+    measures = pair_measures(np.array([[1.0, 0.0]]), np.array([[9, 3]]), np.array([[9, 3]]))
+    assert measures["shorter_chosen_accuracy"] is None
+    assert measures["shorter_chosen_pairs"] == 0
+
+
+# ---- Verdict ----
+
+
+def test_a_probe_below_the_threshold_fails_and_is_named() -> None:
+    result = verdict(CARD)
+    assert result["passed"] is False
+    assert result["failed"] == ["probe cut_50 0.940 (wanted 0.95)"]
+    assert verdict({**CARD, "probes": {"empty": 0.95}})["passed"] is True
+
+
+def test_an_exempt_probe_does_not_decide() -> None:
+    result = verdict(CARD, exempt=("cut_50",))
+    assert (result["passed"], result["exempt"]) == (True, ["cut_50"])
+
+
+def test_accuracy_that_may_be_chance_fails() -> None:
+    result = verdict({"accuracy": 0.56, "accuracy_ci95": [0.49, 0.63], "probes": {}})
+    assert result["failed"] == ["accuracy 0.560 on held-out pairs (95% interval 0.490 to 0.630) may be chance"]
+
+
+# ---- Files ----
+
+
+def whole_card() -> dict:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 30, (12, 2))
+    card = pair_measures(generator.normal(size=(12, 2)), lengths, lengths)
+    card |= {"accuracy_ci95": [0.7, 0.9], "accuracy": 0.8, "probes": {"empty": 1.0, "cut_50": 0.9, "off_topic": 0.5}}
+    card["probe_counts"] = dict.fromkeys(card["probes"], 10)
+    return card | verdict(card, exempt=("off_topic",))
+
+
+def test_the_table_shows_what_failed() -> None:
+    lines = card_table(whole_card()).splitlines()
+    assert "| empty | 1.000 | - | 10 |" in lines
+    assert "| cut_50 | 0.900 **failed** | - | 10 |" in lines
+    assert "| off_topic | 0.500 exempt | - | 10 |" in lines
+
+
+def test_written_and_read(tmp_path: Path) -> None:
+    card = whole_card()
+    write_card(card, {"good": np.ones(5), "empty": np.zeros(5)}, str(tmp_path))
+    assert read_card(str(tmp_path)) == json.loads(json.dumps(card))
+    with Image.open(tmp_path / "reward_card.png") as picture:
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 10
+    assert read_card(str(tmp_path / "elsewhere")) is None
+
+
+@pytest.mark.parametrize("content", ["{", '{"score_mean": 1}', '{"score_mean": 1, "score_std": "x"}', "[]"])
+def test_a_file_that_is_no_card(tmp_path: Path, content: str) -> None:
+    (tmp_path / "reward_card.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match="is no reward card"):
+        read_card(str(tmp_path))

@@ -1,0 +1,255 @@
+"""Stage 2 as a whole: losses by hand, broken pairs in the data, what training on them does, the ensemble."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+import reward_modeling
+from reward_modeling import RewardDataArguments, add_broken_pairs, length_penalty, pairwise_loss
+from tests.conftest import make_tokenizer, write_rows
+from tests.helpers import load_plain, make_stages, run_main, save_lively_base, save_sft
+from utils.adapters import (
+    POLICY,
+    add_score_head,
+    assemble_ppo_model,
+    attach_adapter,
+    enable_jobs,
+    ensemble_score,
+    member_folders,
+    member_scores,
+    read_adapter,
+    reward_scores,
+    score_job,
+)
+from utils.arguments import InputError
+from utils.data import pad_right, tokenize_preferences
+from utils.degenerate import KINDS, TRAIN_WEIGHT
+
+WORDS = ["tea", "coffee", "soup", "bread", "rice", "cats", "dogs", "fish", "trees", "cars", "books", "songs"]
+ASKED = ["What about {}?", "Tell me of {}.", "Do you know {}?"]
+PAIRS = [
+    {
+        "prompt": ask.format(word),
+        "chosen": f"I know that {word} can be good. Many people like {word} a lot.",
+        "rejected": f"There is nothing at all to say of {word}, it is what it is. Leave me alone now.",
+    }
+    for word in WORDS
+    for ask in ASKED
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_lively_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def train(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Function (name, arguments) -> output folder of a run of reward_modeling.main() on PAIRS."""
+    rows = write_rows(tmp_path / "pairs.jsonl", PAIRS)
+
+    def run(name: str, **arguments: object) -> Path:
+        settings = {
+            "model_name_or_path": base,
+            "dataset": rows,
+            "eval_fraction": 0.3,
+            "output_dir": tmp_path / name,
+            "prompt_template": "{prompt}=",
+            "max_length": 160,
+            "max_steps": 4,
+            "per_device_train_batch_size": 8,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "learning_rate": 0.01,
+            **arguments,
+        }
+        run_main(
+            reward_modeling, [word for pair in settings.items() for word in (f"--{pair[0]}", pair[1])], monkeypatch
+        )
+        return tmp_path / name
+
+    return run
+
+
+def card_of(folder: Path) -> dict:
+    return json.loads((folder / "reward_card.json").read_text(encoding="utf-8"))
+
+
+# ---- Losses ----
+
+
+def test_pairwise_loss_by_hand() -> None:
+    """c - r = 1 and -1: -log sigmoid gives 0.31326 and 1.31326.  Centering: (3)^2 and (1)^2, times 0.1."""
+    chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 1.0])
+    plain = (0.313262 + 1.313262) / 2
+    assert float(pairwise_loss(chosen, rejected, 0.0)) == pytest.approx(plain, rel=1e-5)
+    assert float(pairwise_loss(chosen, rejected, 0.1)) == pytest.approx(plain + 0.1 * (9 + 1) / 2, rel=1e-5)
+    # with a margin of 2 on the first pair it is -log sigmoid(-1) too
+    with_margin = pairwise_loss(chosen, rejected, 0.0, torch.tensor([2.0, 0.0]))
+    assert float(with_margin) == pytest.approx(1.313262, rel=1e-5)
+
+
+def test_length_penalty_is_the_squared_correlation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, lengths = torch.randn(30, generator=generator), torch.randint(1, 90, (30,), generator=generator)
+    expected = np.corrcoef(scores.numpy(), lengths.numpy())[0, 1] ** 2
+    assert float(length_penalty(scores, lengths)) == pytest.approx(expected, rel=1e-5)
+    assert float(length_penalty(scores, torch.full((30,), 7))) == 0.0
+
+
+def test_the_length_penalty_changes_what_is_learnt(train) -> None:
+    """Rejected replies are longer here, so a score that follows the pairs correlates with length."""
+    assert {len(pair["chosen"]) < len(pair["rejected"]) for pair in PAIRS} == {True}
+    settings = {"max_steps": 30, "degenerate_ratio": 0, "probe_prompts": 1}
+    plain = card_of(train("plain", **settings))["length_correlation"]
+    penalised = card_of(train("penalised", **settings, length_penalty_coefficient=20))["length_correlation"]
+    assert plain < -0.9
+    assert abs(penalised) < 0.6
+
+
+# ---- Data ----
+
+
+def tokenized(rows: list[dict]) -> Dataset:
+    return tokenize_preferences(Dataset.from_list(rows), "{prompt}=", make_tokenizer(), 160, "drop")
+
+
+def with_broken(ratio: float, kinds: str = "all") -> Dataset:
+    data = RewardDataArguments(degenerate_ratio=ratio, degenerate_kinds=kinds)
+    limits = ("{prompt}=", make_tokenizer(), 160)
+    return add_broken_pairs(tokenized(PAIRS), Dataset.from_list(PAIRS), data, limits, seed=0)
+
+
+def test_broken_pairs_are_the_wanted_share_of_all() -> None:
+    kinds = [kind for kind in KINDS if kind != "wrong_language"]  # there is one language
+    pairs = with_broken(0.5, ",".join(kinds))
+    counts = {kind: pairs["kind"].count(kind) for kind in ["", *kinds]}
+    assert counts.pop("") == len(PAIRS)  # no ordinary pair is lost
+    unit = len(PAIRS) / sum(TRAIN_WEIGHT.get(kind, 1) for kind in kinds)
+    for kind, count in counts.items():
+        assert count == int(np.ceil(unit * TRAIN_WEIGHT.get(kind, 1)))
+
+
+def test_no_broken_pairs_on_request() -> None:
+    assert with_broken(0.0)["kind"] == [""] * len(PAIRS)
+
+
+def test_only_the_chosen_kinds() -> None:
+    assert set(with_broken(0.3, "empty, echo")["kind"]) == {"", "empty", "echo"}
+
+
+def test_an_unknown_kind_is_an_error() -> None:
+    with pytest.raises(InputError, match="--degenerate_kinds: 'emty' is no kind; there are empty, blank"):
+        RewardDataArguments(degenerate_kinds="emty")
+    with pytest.raises(InputError, match="--exempt_probes: 'x' is no kind"):
+        RewardDataArguments(exempt_probes="x")
+
+
+def test_margins_come_from_the_data() -> None:
+    rows = [{**PAIRS[0], "margin": 1.5}, {**PAIRS[1], "margin": None}]
+    assert tokenized(rows)["margin"] == [1.5, 0.0]
+    assert tokenized(PAIRS[:1])["margin"] == [0.0]
+
+
+# ---- Training ----
+
+
+def test_training_on_broken_replies_cures_the_gap(train, tmp_path: Path) -> None:
+    """The better reply is always the shorter one, and none is empty: so a plain model often likes the empty one better."""
+    word = [pair["prompt"].split()[-1].strip("?.") for pair in PAIRS]
+    good = [f"I know that {w} can be good." for w in word]
+    rows = [
+        {"prompt": p["prompt"], "chosen": g, "rejected": f"{g} {p['rejected']}"}
+        for p, g in zip(PAIRS, good, strict=True)
+    ]
+    gapped = write_rows(tmp_path / "gapped.jsonl", rows)
+    settings = {"dataset": gapped, "max_steps": 60, "probe_prompts": 8}
+    plain = card_of(train("plain", **settings, degenerate_ratio=0))
+    taught = card_of(train("taught", **settings, degenerate_ratio=0.5))
+    assert plain["accuracy"] == taught["accuracy"] == 1.0  # the pairs themselves show nothing of it
+    for kind in ("empty", "blank", "tiny", "cut_5"):
+        assert plain["probes"][kind] < 0.9, kind
+        assert taught["probes"][kind] == 1.0, kind
+    assert plain["passed"] is False
+    assert any(reason.startswith("probe empty") for reason in plain["failed"])
+
+
+def test_the_card_says_how_sft_replies_score(train, base: str, tmp_path: Path) -> None:
+    sft = save_sft(base, tmp_path / "sft")
+    card = card_of(train("reward", sft_model_lora_path=sft, output_max_length=12, probe_prompts=5))
+    assert card["sft_replies"] == 5
+    assert card["sft_score_std"] > 0
+    assert card["probes_above_sft"].keys() == card["probes"].keys()
+    assert (tmp_path / "reward" / "reward_card.png").exists()
+
+
+def test_rows_in_parts_have_the_same_scores(base: str, train) -> None:
+    """In parts, the shortest rows first, and the order is restored; values and gradients stay what they were."""
+    folder = str(train("reward"))
+    model = load_plain(base)
+    enable_jobs(model)
+    add_score_head(model)
+    saved = read_adapter(folder, "--adapter")
+    model = attach_adapter(model, saved, saved.config).eval()
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in (9, 3, 14, 5, 5, 12, 1)]
+    ids, mask = pad_right(sequences, 0)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    (parts,), (whole,) = (list(member_scores(model, inputs, [POLICY], rows)) for rows in (3, None))
+    alone = torch.cat(
+        [
+            model(
+                input_ids=(row := torch.tensor([s])),
+                attention_mask=torch.ones_like(row),
+                job=score_job(torch.ones_like(row), POLICY),
+            )
+            for s in sequences
+        ]
+    )
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(parts, alone)
+
+
+# ---- Ensemble ----
+
+
+def test_ensemble_score_by_hand() -> None:
+    """Row 1: 1, 2, 3 -> mean 2, deviation sqrt(2/3).  Row 2: all 5."""
+    scores = [torch.tensor([1.0, 5.0]), torch.tensor([2.0, 5.0]), torch.tensor([3.0, 5.0])]
+    assert ensemble_score(scores, 2.0).tolist() == pytest.approx([2 - 2 * (2 / 3) ** 0.5, 5.0])
+    assert ensemble_score(scores[:1], 2.0).tolist() == [1.0, 5.0]
+
+
+def test_an_ensemble_is_trained_saved_and_used_in_stage_3(train, base: str, tmp_path: Path) -> None:
+    """Its members are adapters of their own, each one different, and PPO scores with mean - penalty * deviation."""
+    folder = str(train("reward", ensemble_size=3, ensemble_penalty=0.5, max_steps=6))
+    folders = member_folders(folder)
+    assert [Path(path).name for path in folders] == ["reward", "member1", "member2"]
+    assert card_of(Path(folder))["ensemble_size"] == 3
+
+    generator = torch.Generator().manual_seed(1)
+    ids, mask = pad_right([torch.randint(3, 300, (n,), generator=generator).tolist() for n in (6, 11, 4)], 0)
+
+    def scores_of(path: str) -> Tensor:
+        model = load_plain(base)
+        enable_jobs(model)
+        add_score_head(model)
+        saved = read_adapter(path, "--adapter")
+        model = attach_adapter(model, saved, saved.config).eval()
+        with torch.no_grad():
+            return model(input_ids=ids, attention_mask=mask, job=score_job(mask, POLICY))
+
+    members = torch.stack([scores_of(path) for path in folders])
+    assert members.std(0).min() > 1e-3
+    expected = members.mean(0) - 0.5 * ((members - members.mean(0)) ** 2).mean(0).sqrt()
+    stages = make_stages(base, tmp_path / "stages")
+    model = assemble_ppo_model(
+        load_plain(base), read_adapter(stages.sft, "--sft"), read_adapter(folder, "--reward_model_lora_path")
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(reward_scores(model, {"input_ids": ids, "attention_mask": mask}), expected)

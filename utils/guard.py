@@ -1,0 +1,156 @@
+"""Watches a PPO run: sees a collapse while it begins, says in words what it is, and knows the best policy so far.
+
+A score that rises says nothing when the reward model is wrong.  What a collapse cannot hide is in the replies: they shrink
+or run on, they say nothing, repeat themselves, or become the same whatever was asked, while KL to the SFT model grows.  So
+every batch of replies is measured against the SFT model's own, and best is the highest score on held-out prompts within
+the KL budget and without any such sign.
+
+Measures are plain dicts of floats, so that they can be logged and kept in a checkpoint as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.degenerate import find_broken, words_of
+
+FLOOR = 3.0  # standard deviations under the mean score: where a broken reply is put, at most
+EXTREME = 8.0  # standard deviations from the mean score from which a single reply is named
+WARNING, ALARM = "warning", "alarm"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far replies may move from the SFT model's: (from here a warning, from here an alarm).
+
+    A single warning is common in a healthy run.  Two at once while the score rises are an alarm: then the score is being
+    had for something else than better replies.
+    """
+
+    kl_budget: float  # nats a reply; an alarm at twice that
+    length_low: tuple[float, float] = (0.85, 0.6)  # times the SFT model's mean length
+    length_high: tuple[float, float] = (1.5, 2.0)
+    broken: tuple[float, float] = (0.05, 0.25)  # share of replies, more than the SFT model's
+    same: tuple[float, float] = (0.1, 0.4)  # the same
+    distinct: tuple[float, float] = (0.5, 0.35)  # times the SFT model's share of different word pairs
+    score_rise: float = 0.5  # standard deviations
+
+
+def floor_scores(scores: Tensor, broken: Tensor, mean: float, std: float) -> Tensor:
+    """Scores with the broken replies' put at a floor, [B]: the lowest score of the others, and at most mean - 3 std.
+
+    scores: float [B], as the reward model gives them; broken: bool [B]; mean, std: of scores on held-out replies.
+    One empty reply with a lucky score is enough to ruin a policy, so it never gets one.
+    """
+    sound = scores[~broken]
+    lowest = torch.full_like(scores[:1], mean - FLOOR * std)
+    floor = torch.cat([lowest, sound]).min()
+    return torch.where(broken, torch.minimum(scores, floor), scores)
+
+
+def measure_replies(prompts: Sequence[str], replies: Sequence[str], lengths: Sequence[int]) -> dict[str, float]:
+    """What the replies look like, whatever they score.
+
+    length: mean, in tokens.  broken: share with a plain fault (see `find_broken`); empty: with no text at all.
+    same: share of replies that another prompt got too, word for word.  distinct: share of different ones among all pairs
+    of neighbouring words (Li et al. 2016, distinct-2), 1 where there are none; it falls with the number of replies, so
+    compare equal numbers.
+    """
+    found = [find_broken(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
+    askers: dict[str, set[str]] = {}
+    for prompt, reply in zip(prompts, replies, strict=True):
+        askers.setdefault(reply.strip(), set()).add(prompt)
+    pairs = [pair for reply in replies for pair in zip(words_of(reply), words_of(reply)[1:], strict=False)]
+    count = len(replies)
+    return {
+        "length": sum(lengths) / count,
+        "broken": sum(kind is not None for kind in found) / count,
+        "empty": sum(kind in ("empty", "blank") for kind in found) / count,
+        "same": sum(len(askers[reply.strip()]) > 1 for reply in replies) / count,
+        "distinct": len(set(pairs)) / len(pairs) if pairs else 1.0,
+    }
+
+
+def find_signs(now: dict[str, float], sft: dict[str, float], limits: Limits) -> list[tuple[str, str]]:
+    """(level, sentence) for everything that has moved too far from the SFT model.
+
+    now, sft: `measure_replies` and kl (nats a reply), score (normalised mean), extreme (largest |normalised score|).
+    """
+    signs = []
+
+    def note(value: float, thresholds: tuple[float, float], sentence: str, below: bool = False) -> None:
+        warn, alarm = ((value <= limit) if below else (value >= limit) for limit in thresholds)
+        if warn or alarm:
+            signs.append((ALARM if alarm else WARNING, sentence))
+
+    length, distinct = now["length"] / sft["length"], now["distinct"] / sft["distinct"]
+    lengths = f"{now['length']:.1f} tokens a reply, the SFT model {sft['length']:.1f}"
+    note(length, limits.length_low, f"replies shrink: {lengths}", below=True)
+    note(length, limits.length_high, f"replies run on: {lengths}")
+    broken = (
+        f"{now['broken']:.0%} of the replies are empty, blank, loops or echoes, the SFT model's {sft['broken']:.0%}"
+    )
+    note(now["broken"] - sft["broken"], limits.broken, broken)
+    same = f"{now['same']:.0%} of the replies answer several prompts word for word, the SFT model's {sft['same']:.0%}"
+    note(now["same"] - sft["same"], limits.same, same)
+    variety = f"{now['distinct']:.3f} of the word pairs are different ones, the SFT model's {sft['distinct']:.3f}"
+    note(distinct, limits.distinct, f"replies lose variety: {variety}", below=True)
+    budget = limits.kl_budget
+    note(now["kl"], (budget, 2 * budget), f"KL to the SFT model is {now['kl']:.1f} nats a reply, the budget {budget:g}")
+    rise = now["score"] - sft["score"]
+    if len(signs) > 1 and rise >= limits.score_rise:
+        signs.insert(0, (ALARM, f"the score rose by {rise:.1f} standard deviations, but for the wrong reasons"))
+    if now["extreme"] >= EXTREME > sft["extreme"]:
+        signs.append((WARNING, f"one reply's score is {now['extreme']:.1f} standard deviations from the mean"))
+    return signs
+
+
+@dataclass
+class Guard:
+    """The state of the watch over one run; `state` and `restore` carry it through a checkpoint."""
+
+    limits: Limits
+    patience: int  # a collapse is certain after so many iterations with an alarm, among one more
+    baselines: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # source of replies -> the SFT model's measures
+    alarms: list[int] = field(default_factory=list)  # the last iterations with one
+    best: dict[str, Any] | None = None  # iteration, score, kl
+    verdict: str | None = None  # the first collapse, in words
+    collapse_at: int | None = None  # its iteration
+
+    def check(self, iteration: int, measures: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
+        """Look at an iteration's measures by source ("rollouts", "held-out"); a source's first ones are the SFT model's.
+
+        Returns the signs.  Sets `verdict` and `collapse_at` after `patience` iterations with an alarm out of one more.
+        """
+        found = {}
+        for source, now in measures.items():
+            sft = self.baselines.setdefault(source, now)
+            found[source] = find_signs(now, sft, self.limits)
+        alarmed = {source: signs for source, signs in found.items() if any(level == ALARM for level, _ in signs)}
+        self.alarms = [when for when in self.alarms if when >= iteration - self.patience] + [iteration] * bool(alarmed)
+        if alarmed and len(self.alarms) >= self.patience and self.verdict is None:
+            self.collapse_at = iteration
+            parts = [f"{source}: " + "; ".join(sentence for _, sentence in signs) for source, signs in alarmed.items()]
+            self.verdict = f"iteration {iteration}, " + ". ".join(parts)
+        return [(level, f"{source}: {sentence}") for source, signs in found.items() for level, sentence in signs]
+
+    def is_best(self, iteration: int, held_out: dict[str, float], signs: list[tuple[str, str]]) -> bool:
+        """Whether this is the policy to keep so far: the highest held-out score, with no sign and within the KL budget."""
+        if signs or (self.best is not None and held_out["score"] <= self.best["score"]):
+            return False
+        self.best = {"iteration": iteration, "score": held_out["score"], "kl": held_out["kl"]}
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Everything that changes, as JSON takes it."""
+        return {name: value for name, value in asdict(self).items() if name not in ("limits", "patience")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)

@@ -1,0 +1,193 @@
+"""The reward card: what a reward model can and cannot tell apart, measured on held-out prompts.
+
+reward_modeling.py builds it, rl_training.py reads it and refuses a model that failed.  Arithmetic on numpy arrays; N pairs,
+scores float [N, 2] and reply lengths int [N, 2] in tokens, chosen first.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from utils.arguments import InputError
+from utils.report import write_json
+from utils.statistics import wilson_interval
+
+CARD_FILE = "reward_card.json"
+PROBE_THRESHOLD = 0.95  # share of prompts where the good reply has to beat the broken one, for each kind
+SAME_LENGTH = 0.1  # replies count as equally long up to this share of the longer one
+SHORT_SHARE = 0.2  # the chosen replies up to this quantile of their lengths are the short good ones
+BINS = 10  # of the calibration error
+
+
+def accuracy(scores: np.ndarray) -> float:
+    """Share of pairs whose chosen reply scores higher; a tie counts as half.  scores: [N, 2]."""
+    margin = scores[:, 0] - scores[:, 1]
+    return float((margin > 0).mean() + 0.5 * (margin == 0).mean())
+
+
+def length_correlation(scores: np.ndarray, lengths: np.ndarray) -> float:
+    """Pearson's correlation of score and reply length over all replies; 0 where either does not vary."""
+    varies = scores.std() > 0 and lengths.std() > 0
+    return float(np.corrcoef(scores.ravel(), lengths.ravel())[0, 1]) if varies else 0.0
+
+
+def calibration_error(margins: np.ndarray) -> float:
+    """Expected calibration error of sigmoid(|margin|) as the probability of having ordered a pair correctly, in [0, 0.5].
+
+    margins: chosen minus rejected score, float [N].  `BINS` bins of equal width over [0.5, 1] (Guo et al. 2017, eq. 5).
+    """
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    correct = (margins > 0) + 0.5 * (margins == 0)
+    bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    gaps = [abs(confidence[bins == b].mean() - correct[bins == b].mean()) * (bins == b).mean() for b in set(bins)]
+    return float(sum(gaps))
+
+
+def fit_temperature(margins: np.ndarray) -> float:
+    """The T that makes sigmoid(margin / T) fit best: minimises mean(-log sigmoid(margin / T)) over [0.01, 100].
+
+    margins: chosen minus rejected score, float [N].  The loss is convex in 1 / T (Guo et al. 2017, section 4.2), so its
+    derivative is bisected.  Above 1: the model is too sure of itself.
+    """
+    margins = margins.astype(np.float64)
+    low, high = 0.01, 100.0  # of 1 / T
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        falling = (margins / (1 + np.exp(np.clip(middle * margins, -700, 700)))).mean() > 0
+        low, high = (middle, high) if falling else (low, middle)
+    return 1 / low
+
+
+def length_only_accuracy(train_lengths: np.ndarray, lengths: np.ndarray) -> float:
+    """Accuracy of a model that only counts: the side (shorter or longer) that wins more training pairs always wins."""
+    difference = train_lengths[:, 0] - train_lengths[:, 1]
+    return accuracy(lengths if (difference > 0).sum() >= (difference < 0).sum() else -lengths)
+
+
+def pair_measures(scores: np.ndarray, lengths: np.ndarray, train_lengths: np.ndarray) -> dict[str, Any]:
+    """Everything about ordinary pairs; None where no pair is of that sort."""
+    longer = lengths.max(1)
+    difference = lengths[:, 0] - lengths[:, 1]
+    short = lengths[:, 0] <= np.quantile(lengths[:, 0], SHORT_SHARE)
+    sorts = {
+        "length_matched": np.abs(difference) <= SAME_LENGTH * longer,
+        "shorter_chosen": difference < 0,
+        "longer_chosen": difference > 0,
+        "short_good": short & (difference < 0),
+    }
+    share = accuracy(scores)
+    margins = scores[:, 0] - scores[:, 1]
+    return {
+        "accuracy": share,
+        "accuracy_ci95": list(wilson_interval(share, len(scores))),
+        "eval_pairs": len(scores),
+        "length_only_accuracy": length_only_accuracy(train_lengths, lengths),
+        **{f"{name}_accuracy": accuracy(scores[rows]) if rows.any() else None for name, rows in sorts.items()},
+        **{f"{name}_pairs": int(rows.sum()) for name, rows in sorts.items()},
+        "calibration_error": calibration_error(margins),
+        "temperature": fit_temperature(margins),
+        "score_mean": float(scores.mean()),
+        "score_std": float(scores.std()),
+        "length_correlation": length_correlation(scores, lengths),
+    }
+
+
+def verdict(card: dict[str, Any], exempt: Sequence[str] = (), threshold: float = PROBE_THRESHOLD) -> dict[str, Any]:
+    """`passed`, `threshold`, `exempt`, and `failed`: what is below the threshold, in words.
+
+    A model passes when its accuracy is surely above chance and every probe, but for the exempt ones, is at the threshold.
+    """
+    failed = []
+    low, high = card["accuracy_ci95"]
+    if low <= 0.5:
+        interval = f"(95% interval {low:.3f} to {high:.3f})"
+        failed.append(f"accuracy {card['accuracy']:.3f} on held-out pairs {interval} may be chance")
+    for kind, share in card["probes"].items():
+        if share < threshold and kind not in exempt:
+            failed.append(f"probe {kind} {share:.3f} (wanted {threshold})")
+    return {"passed": not failed, "threshold": threshold, "exempt": list(exempt), "failed": failed}
+
+
+def read_card(folder: str) -> dict[str, Any] | None:
+    """The card of a reward adapter, None where it has none.  Raises InputError when the file is no card."""
+    path = os.path.join(folder, CARD_FILE)
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            card = json.load(file)
+        card["score_mean"] + card["score_std"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no reward card ({error!r}); train the reward model again") from error
+    return card
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For people
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def card_table(card: dict[str, Any]) -> str:
+    """The card as a Markdown table."""
+
+    def row(name: str, value: float | None, note: str = "") -> str:
+        return f"| {name} | {'-' if value is None else f'{value:.3f}'} | {note} |"
+
+    low, high = card["accuracy_ci95"]
+    lines = [
+        "| held-out pairs | | |",
+        "|---|---|---|",
+        row("accuracy", card["accuracy"], f"95% interval {low:.3f} to {high:.3f}, {card['eval_pairs']} pairs"),
+        row("of counting tokens alone", card["length_only_accuracy"]),
+        row("replies of equal length", card["length_matched_accuracy"], f"{card['length_matched_pairs']} pairs"),
+        row("the shorter one is chosen", card["shorter_chosen_accuracy"], f"{card['shorter_chosen_pairs']} pairs"),
+        row("the longer one is chosen", card["longer_chosen_accuracy"], f"{card['longer_chosen_pairs']} pairs"),
+        row("a short one is chosen", card["short_good_accuracy"], f"{card['short_good_pairs']} pairs"),
+        row("correlation of score and length", card["length_correlation"]),
+        row("calibration error", card["calibration_error"], f"temperature {card['temperature']:.2f}"),
+        row("score: mean", card["score_mean"], f"standard deviation {card['score_std']:.2f}"),
+    ]
+    if "sft_score_mean" in card:
+        spread = f"standard deviation {card['sft_score_std']:.2f}"
+        lines.append(row("score of SFT replies: mean", card["sft_score_mean"], spread))
+    lines += ["", "| broken reply | the good one wins | above the median SFT reply | prompts |", "|---|---|---|---|"]
+    above = card.get("probes_above_sft", {})
+    for kind, share in card["probes"].items():
+        mark = "" if share >= card["threshold"] else " exempt" if kind in card["exempt"] else " **failed**"
+        beats = f"{above[kind]:.3f}" if kind in above else "-"
+        lines.append(f"| {kind} | {share:.3f}{mark} | {beats} | {card['probe_counts'][kind]} |")
+    return "\n".join(lines)
+
+
+def draw_card(card: dict[str, Any], scores: dict[str, np.ndarray], folder: str) -> None:
+    """The probes, and where the scores of each sort of reply lie, as folder/reward_card.png."""
+    import matplotlib  # a second of import time that --help should not pay
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.5), dpi=110)
+    kinds = list(card["probes"])[::-1]
+    colours = ["#0072b2" if card["probes"][kind] >= card["threshold"] else "#d55e00" for kind in kinds]
+    left.barh(kinds, [card["probes"][kind] for kind in kinds], color=colours)
+    left.axvline(card["threshold"], color="black", linewidth=1, linestyle="--", label=f"wanted: {card['threshold']}")
+    left.set(xlim=(0, 1), xlabel="share of prompts where the good reply beats the broken one", title="broken replies")
+    left.legend(loc="lower left")
+    right.boxplot(
+        [scores[name] for name in scores], orientation="horizontal", showfliers=False, tick_labels=list(scores)
+    )
+    right.set(xlabel="score", title="where the scores lie (box: middle half)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, axis="x")
+    figure.tight_layout()
+    figure.savefig(os.path.join(folder, "reward_card.png"))
+    pyplot.close(figure)
+
+
+def write_card(card: dict[str, Any], scores: dict[str, np.ndarray], folder: str) -> None:
+    """reward_card.json, and reward_card.png beside it."""
+    write_json(card, folder, CARD_FILE)
+    draw_card(card, scores, folder)
