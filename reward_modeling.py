@@ -364,7 +364,9 @@ def probe(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The card's part about broken replies and SFT replies, and the scores by sort of reply, for the picture."""
     kinds = np.array([pair["kind"] for pair in pairs])
-    good = trainer.score([pair["chosen_ids"] for pair in pairs], "good replies")
+    unique = {tuple(pair["chosen_ids"]): None for pair in pairs}
+    score_of = dict(zip(unique, trainer.score([list(ids) for ids in unique], "good replies"), strict=True))
+    good = np.array([score_of[tuple(pair["chosen_ids"])] for pair in pairs])
     broken = trainer.score([pair["rejected_ids"] for pair in pairs], "broken replies")
     found = [kind for kind in KINDS if (kinds == kind).any()]
     card: dict[str, Any] = {

@@ -5,7 +5,8 @@
         --reward_model_lora_path REWARD --output_dir OUTPUT --batch_size 8 --ppo_epochs 4 --log_with wandb
 
     policy     base + a trainable copy of the SFT adapter          reward     base + reward adapter and its score head
-    reference  base + the SFT adapter, frozen                      value      a linear head on the policy's hidden states
+    reference  base + the SFT adapter, frozen                      value      a linear head on the policy's hidden states,
+                                                                              or on those of a critic adapter (--critic)
 
 One step of the Trainer is one iteration: sample a batch of replies, score them, turn scores and KL into advantages, and
 make `ppo_epochs` passes over the batch.  So checkpoints, logs, the learning rate and --steps all count iterations, and
@@ -39,6 +40,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, se
 
 from utils import ppo
 from utils.adapters import (
+    CRITIC,
     POLICY,
     REFERENCE,
     SavedAdapter,
@@ -51,6 +53,7 @@ from utils.adapters import (
     read_adapter,
     reward_scores,
     save_value_head,
+    start_critic,
     use_adapter,
 )
 from utils.arguments import (
@@ -73,7 +76,7 @@ from utils.guard import Guard, Limits, floor_scores, measure_replies
 from utils.launch import relaunch_on_all_gpus
 from utils.report import RunFiles, append_jsonl, draw_curves, run_record, write_json
 from utils.reward_card import read_card
-from utils.rollout import Batch, Sampling, check_output_logits, make_batch, reply_job, sample_replies
+from utils.rollout import Batch, Sampling, check_output_logits, make_batch, reply_job, sample_replies, value_job
 
 STATE_FILE = "ppo_state.json"
 BEST = "best"
@@ -171,6 +174,14 @@ class PPOArguments(TrainingArguments):
     gae_lambda: float = field(default=0.95, metadata={"help": "GAE's trade of bias for variance."})
     clip_range: float = field(default=0.2, metadata={"help": "Clip of the policy's probability ratio."})
     value_clip_range: float = field(default=0.2, metadata={"help": "Clip of the value's move."})
+    critic: str = field(
+        default="head",
+        metadata={
+            "help": "Where values come from. head: a linear head on the policy's hidden states; adapter: that head on an "
+            "adapter of its own, which starts as the reward adapter and costs a second forward and backward pass.",
+            "choices": ["head", "adapter"],
+        },
+    )
     value_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
 
     def __post_init__(self) -> None:
@@ -260,6 +271,7 @@ class PPOTrainer(Trainer):
         self.kl_coef = self.args.init_kl_coef
         self.guard = Guard(Limits(self.args.kl_budget), self.args.guard_patience)
         self.guard_dataset = guard_dataset
+        self.has_critic = self.args.critic == "adapter"
         self.record = record or {}
 
     # ---- One iteration ----
@@ -338,11 +350,12 @@ class PPOTrainer(Trainer):
         for index in torch.arange(len(queries), device=device).split(self.args.mini_batch_size):
             rows = batch.rows(index)
             inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
-            policy = model(**inputs, job=reply_job(rows, self.sampling, with_values=True, with_entropy=True))
+            policy = model(**inputs, job=reply_job(rows, self.sampling, not self.has_critic, with_entropy=True))
+            values = self.critic_values(model, rows) if self.has_critic else policy.values
             with use_adapter(self.accelerator.unwrap_model(model), REFERENCE):
                 reference = model(**inputs, job=reply_job(rows, self.sampling, with_values=False, with_entropy=False))
             scores = reward_scores(model, inputs)
-            parts.append((policy.logprobs, reference.logprobs, policy.values, policy.entropy, scores))
+            parts.append((policy.logprobs, reference.logprobs, values, policy.entropy, scores))
         width = batch.response_mask.shape[1]
         *tokens, scores = zip(*parts, strict=True)
         tokens = [torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in kind]) for kind in tokens]
@@ -350,6 +363,11 @@ class PPOTrainer(Trainer):
             batch, torch.tensor(indices, device=device), *(kind.float() for kind in tokens), torch.cat(scores)
         )
         return self.gather_experience(local)
+
+    def critic_values(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Values [B, T] from the critic's own adapter."""
+        with use_adapter(self.accelerator.unwrap_model(model), CRITIC):
+            return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=value_job(batch))
 
     def gather_experience(self, local: Experience) -> Experience:
         """The rows of all processes, in the order of the processes, padded alike."""
@@ -481,10 +499,11 @@ class PPOTrainer(Trainer):
             new = model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
-                job=reply_job(batch, self.sampling, with_values=True, with_entropy=False),
+                job=reply_job(batch, self.sampling, not self.has_critic, with_entropy=False),
             )
+            values = self.critic_values(model, batch) if self.has_critic else new.values
         policy = ppo.policy_loss(new.logprobs, old_logprobs, advantages, mask, self.args.clip_range)
-        value = ppo.value_loss(new.values, old_values, returns, mask, self.args.value_clip_range)
+        value = ppo.value_loss(values, old_values, returns, mask, self.args.value_clip_range)
         weight = mask.sum() / step_tokens
         parts = torch.stack([policy.loss, value.loss, policy.clip_fraction, value.clip_fraction, policy.approx_kl])
         ratios = (new.logprobs.detach() - old_logprobs)[mask].exp()
@@ -593,9 +612,7 @@ class PPOTrainer(Trainer):
         """Put the policy of best/ in the place of the collapsed one, and end the training."""
         say(f"stopped, and rolled back to {BEST}/: the policy of iteration {self.guard.best['iteration']}")
         self.accelerator.wait_for_everyone()
-        model = self.accelerator.unwrap_model(self.model)
-        load_weights(model, os.path.join(self.args.output_dir, BEST), POLICY)
-        load_value_head(model.get_base_model(), os.path.join(self.args.output_dir, BEST))
+        self.load_policy(os.path.join(self.args.output_dir, BEST))
         self.control.should_training_stop = True
 
     def outcome(self) -> dict[str, Any]:
@@ -647,15 +664,23 @@ class PPOTrainer(Trainer):
         folder = output_dir or self.args.output_dir
         os.makedirs(folder, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(folder, state_dict=state_dict, selected_adapters=[POLICY])
+        adapters = [POLICY, CRITIC] if self.has_critic else [POLICY]
+        model.save_pretrained(folder, state_dict=state_dict, selected_adapters=adapters)
         save_value_head(state_dict or model.state_dict(), folder)
         self.processing_class.save_pretrained(folder)
         write_json({"kl_coef": self.kl_coef, "guard": self.guard.state()}, folder, STATE_FILE)
 
+    def load_policy(self, folder: str) -> None:
+        """Fill policy adapter, critic and value head from a folder that `_save` wrote."""
+        model = self.accelerator.unwrap_model(self.model)
+        load_weights(model, folder, POLICY)
+        if self.has_critic:
+            load_weights(model, os.path.join(folder, CRITIC), CRITIC)
+        load_value_head(model.get_base_model(), folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Fill policy adapter and value head from a checkpoint."""
-        load_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint, POLICY)
-        load_value_head(self.accelerator.unwrap_model(self.model).get_base_model(), resume_from_checkpoint)
+        """Fill policy adapter, critic and value head from a checkpoint."""
+        self.load_policy(resume_from_checkpoint)
         with open(os.path.join(resume_from_checkpoint, STATE_FILE), encoding="utf-8") as file:
             state = json.load(file)
         self.kl_coef = state["kl_coef"]
@@ -784,7 +809,11 @@ def main() -> None:
     check_adapter(reward, "--reward_model_lora_path", True, template, base)
     statistics = read_statistics(reward, training_args.allow_weak_reward)
     record = run_record("ppo", base, model_args, training_args, data=asdict(data_args))
-    model = assemble_ppo_model(base, sft, reward)
+    model = assemble_ppo_model(base, sft, reward, training_args.critic == "adapter")
+    if not training_args.normalize_scores:
+        statistics = ScoreStatistics()
+    if training_args.critic == "adapter":
+        start_critic(model, *statistics)
     if training_args.activation_checkpointing:
         model.enable_input_require_grads()  # a frozen embedding gives checkpointed layers nothing to differentiate
     check_output_logits(model)
@@ -798,7 +827,7 @@ def main() -> None:
         processing_class=tokenizer,
         callbacks=[RunFiles(record, key="iteration")],
         sampling=sampling,
-        statistics=statistics if training_args.normalize_scores else ScoreStatistics(),
+        statistics=statistics,
         guard_dataset=guard_dataset,
         record=record,
     )

@@ -23,7 +23,7 @@ from transformers import (
 
 from rl_training import PPOArguments, PPOTrainer, ScoreStatistics, first_token_ban, number_rows
 from tests.conftest import make_model, make_tokenizer
-from utils.adapters import assemble_ppo_model, new_reward_model, read_adapter
+from utils.adapters import assemble_ppo_model, new_reward_model, read_adapter, start_critic
 from utils.arguments import LoraArguments
 from utils.data import tokenize_prompts
 from utils.report import RunFiles
@@ -123,7 +123,11 @@ def make_ppo_trainer(
         base or load_plain(stages.base),
         read_adapter(stages.sft, "--sft_model_lora_path"),
         read_adapter(stages.reward, "--reward_model_lora_path"),
+        args.critic == "adapter",
     )
+    statistics = statistics or ScoreStatistics()
+    if args.critic == "adapter":
+        start_critic(model, *statistics)
     tokenizer = make_tokenizer()
     rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
     prompts = number_rows(tokenize_prompts(rows, "{prompt}=", tokenizer, 64))
@@ -134,7 +138,7 @@ def make_ppo_trainer(
         processing_class=tokenizer,
         callbacks=[RunFiles({}, key="iteration")],
         sampling=make_sampling(args),
-        statistics=statistics or ScoreStatistics(),
+        statistics=statistics,
         guard_dataset=prompts if guarded else None,
     )
 

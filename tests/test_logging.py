@@ -172,7 +172,15 @@ def test_pictures_show_the_numbers(tmp_path, monkeypatch):
     rows = [{"iteration": i, **{name: i * 10.0 + n for n, name in enumerate(names)}} for i in (1, 2, 3)]
     lines = [rows[0], {"iteration": 1, "eval_score_mean": 99.0}, *rows[1:]]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = {"best": {"iteration": 2}, "guard": {"collapse_at": 3}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    marks = []
+    line = Axes.axvline
+    monkeypatch.setattr(
+        Axes, "axvline", lambda self, x, **style: marks.append((style["label"], x)) or line(self, x, **style)
+    )
     draw_curves(str(tmp_path))
+    assert set(marks) == {("best", 2), ("collapse", 3)}
     curves = {titles[axes]: curve for axes, curve in drawn.items()}
     assert curves["score (reward model)"] == ([1, 2, 3], [10.0, 20.0, 30.0])
     assert curves["KL to the SFT model (nats a reply)"] == ([1, 2, 3], [13.0, 23.0, 33.0])

@@ -77,21 +77,30 @@ def commands(stages: Stages, data: dict[str, str], tmp_path_factory: pytest.Temp
     return {
         "accumulation": ppo,
         "several steps": ppo,
+        "critic": [*ppo, "--critic", "adapter"],
         "reward": [*tune, "--dataset", data["preferences"], "--eval_dataset", data["preferences"]],
         "sft": [*tune, "--dataset", data["sft"], "--eval_dataset", data["sft"]],
     }
 
 
-SCRIPTS = {"accumulation": rl_training, "several steps": rl_training, "reward": reward_modeling, "sft": sft_training}
+SCRIPTS = {
+    "accumulation": rl_training,
+    "several steps": rl_training,
+    "critic": rl_training,
+    "reward": reward_modeling,
+    "sft": sft_training,
+}
 ALONE = {  # what the arguments of one process have to be
     "accumulation": {"batch_size": 8, "mini_batch_size": 4, "gradient_accumulation_steps": 2},
     "several steps": {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2},
+    "critic": {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2},
     "reward": {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8},
     "sft": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
 }
 EACH_OF_TWO = {
     "accumulation": {"batch_size": 4, "mini_batch_size": 4, "gradient_accumulation_steps": 1},
     "several steps": {"batch_size": 4, "mini_batch_size": 2, "gradient_accumulation_steps": 1},
+    "critic": {"batch_size": 4, "mini_batch_size": 2, "gradient_accumulation_steps": 1},
     "reward": {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4},
     "sft": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
 }
@@ -113,7 +122,9 @@ def outputs(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFac
 
     torchrun(*of_two("accumulation"))  # the command line that a user would write
     jobs, runner = root / "jobs.json", root / "runner.py"
-    jobs.write_text(json.dumps([of_two(name) for name in ("several steps", "reward", "sft")]), encoding="utf-8")
+    jobs.write_text(
+        json.dumps([of_two(name) for name in ("several steps", "critic", "reward", "sft")]), encoding="utf-8"
+    )
     runner.write_text(RUNNER, encoding="utf-8")
     torchrun(str(runner), str(jobs))
     return folders
@@ -138,7 +149,7 @@ def assert_same_weights(one: Path, other: Path, file: str) -> None:
         assert (value - second[name]).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize("name", ["accumulation", "several steps"])
+@pytest.mark.parametrize("name", ["accumulation", "several steps", "critic"])
 def test_ppo_gives_the_same_numbers_in_one_process_and_in_two(outputs: dict[str, tuple[Path, Path]], name: str) -> None:
     """Whitening, token means, seeds and the order of rows a process instead of a run have all been seen in the field.
 

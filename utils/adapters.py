@@ -38,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from utils.arguments import InputError, LoraArguments, ModelArguments, one_line, say
 
 POLICY, REFERENCE, REWARD = "default", "reference", "reward"  # PEFT saves "default" at the root of a folder
+CRITIC = "critic"  # and others in a folder of their name
 MEMBER = "member"  # further adapters of a reward ensemble: member1, member2 ...
 VALUE_HEAD_FILE = "value_head.safetensors"
 SCORE_KEY = "base_model.model.score.weight"  # where PEFT keeps the head of a sequence classifier
@@ -443,10 +444,13 @@ def reward_scores(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def assemble_ppo_model(base: PreTrainedModel, sft: SavedAdapter, reward: SavedAdapter) -> PeftModel:
+def assemble_ppo_model(
+    base: PreTrainedModel, sft: SavedAdapter, reward: SavedAdapter, critic: bool = False
+) -> PeftModel:
     """Base + policy (a trainable copy of the SFT adapter), reference (the SFT adapter), reward adapter, value head.
 
-    Only the policy adapter and the value head are trainable; the head starts at 0 (Ziegler et al. 2019).
+    Only the policy adapter and the value head are trainable; the head starts at 0 (Ziegler et al. 2019).  With `critic`
+    there is also a trainable copy of the reward adapter, for the value head to read: see `start_critic`.
     """
     enable_jobs(base)
     config = LoraConfig.from_pretrained(sft.path)
@@ -456,14 +460,24 @@ def assemble_ppo_model(base: PreTrainedModel, sft: SavedAdapter, reward: SavedAd
     load_adapter(model, sft, REFERENCE)
     add_score_head(base)
     load_reward(model, reward)
+    if critic:
+        load_adapter(model, reward, CRITIC)
     base.v_head = nn.Linear(hidden_width(base), 1, device=base.device, dtype=torch.float32)
     nn.init.zeros_(base.v_head.weight)
     nn.init.zeros_(base.v_head.bias)
     disable_dropout(model)
     model.set_adapter(POLICY)
     for name, parameter in model.named_parameters():  # PEFT flips requires_grad in many places: say it once, here
-        parameter.requires_grad_(f".{POLICY}." in name or ".v_head." in name)
+        trains = f".{POLICY}." in name or ".v_head." in name or (f".{CRITIC}." in name and "lora_" in name)
+        parameter.requires_grad_(trains)
     return model.eval()
+
+
+def start_critic(model: PeftModel, mean: float, std: float) -> None:
+    """Let the value head start as the reward model's own: the normalised score of a reply as it is so far."""
+    base = model.get_base_model()
+    base.v_head.weight.data.copy_(base.score.modules_to_save[CRITIC].weight / std)
+    base.v_head.bias.data.fill_(-mean / std)
 
 
 def save_value_head(state_dict: dict[str, Tensor], folder: str) -> None:

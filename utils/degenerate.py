@@ -308,7 +308,8 @@ def broken_pairs(
     pairs = []
     for kind, count in counts.items():
         order = list(range(len(queries)))
-        Random(f"{seed} {kind} order").shuffle(order)
+        # the probes of all kinds are about the same prompts, so each good reply has to be scored once
+        Random(f"{seed} order" if held_out else f"{seed} {kind} order").shuffle(order)
         made = 0
         for index in order:
             if made == count:

@@ -173,12 +173,12 @@ def draw_card(card: dict[str, Any], scores: dict[str, np.ndarray], folder: str) 
     kinds = list(card["probes"])[::-1]
     colours = ["#0072b2" if card["probes"][kind] >= card["threshold"] else "#d55e00" for kind in kinds]
     left.barh(kinds, [card["probes"][kind] for kind in kinds], color=colours)
-    left.axvline(card["threshold"], color="black", linewidth=1, linestyle="--", label=f"wanted: {card['threshold']}")
-    left.set(xlim=(0, 1), xlabel="share of prompts where the good reply beats the broken one", title="broken replies")
-    left.legend(loc="lower left")
-    right.boxplot(
-        [scores[name] for name in scores], orientation="horizontal", showfliers=False, tick_labels=list(scores)
-    )
+    left.axvline(card["threshold"], color="black", linewidth=1, linestyle="--")
+    wanted = f"broken replies (dashed: {card['threshold']}, what is wanted)"
+    left.set(xlim=(0, 1), xlabel="share of prompts where the good reply beats the broken one", title=wanted)
+    names = list(scores)[::-1]  # from the top, in the same order as on the left
+    boxes = [scores[name] for name in names]
+    right.boxplot(boxes, orientation="horizontal", showfliers=False, tick_labels=names)
     right.set(xlabel="score", title="where the scores lie (box: middle half)")
     for axes in (left, right):
         axes.grid(alpha=0.3, axis="x")

@@ -249,14 +249,28 @@ def reply_job(batch: Batch, sampling: Sampling, with_values: bool, with_entropy:
         def spread(values: Tensor) -> Tensor:  # [N] -> [B, T]
             return values.new_zeros(batch.response_mask.shape).index_put((rows, steps), values)
 
-        values = None
-        if with_values:
-            with torch.autocast(hidden.device.type, enabled=False):
-                values = spread(nn.functional.linear(states.float(), base.v_head.weight, base.v_head.bias).squeeze(-1))
+        values = spread(state_values(base, states)) if with_values else None
         entropy = spread(torch.cat([part for _, part in results])) if with_entropy else None
         return ReplyStatistics(spread(torch.cat([logprobs for logprobs, _ in results])), values, entropy)
 
     return job
+
+
+def value_job(batch: Batch) -> Job:
+    """Job that gives the values [B, T] of `batch` alone, for a critic that has an adapter of its own."""
+
+    def job(base: PreTrainedModel, hidden: Tensor) -> Tensor:
+        rows, steps = batch.response_mask.nonzero(as_tuple=True)  # [N], [N]
+        values = state_values(base, hidden[rows, batch.query_lengths[rows] + steps - 1])
+        return values.new_zeros(batch.response_mask.shape).index_put((rows, steps), values)
+
+    return job
+
+
+def state_values(base: PreTrainedModel, states: Tensor) -> Tensor:
+    """The value head on hidden states [N, H], float32 [N], outside autocast: values differ by little."""
+    with torch.autocast(states.device.type, enabled=False):
+        return nn.functional.linear(states.float(), base.v_head.weight, base.v_head.bias).squeeze(-1)
 
 
 def _first_seen(batch: Batch, vocabulary: int) -> Tensor:
