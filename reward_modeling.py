@@ -60,6 +60,7 @@ from utils.report import RunFiles, run_record
 from utils.reward_card import (
     accuracy,
     card_table,
+    in_short,
     length_correlation,
     pair_measures,
     verdict,
@@ -472,7 +473,7 @@ def main() -> None:
         scores |= {"chosen": prediction.predictions[:, 0], "rejected": prediction.predictions[:, 1]}
         write_card(card, scores, training_args.output_dir)
         say(card_table(card))
-        say("the reward model " + ("passed" if card["passed"] else "FAILED: " + "; ".join(card["failed"])))
+        say("the reward model " + ("passed" if card["passed"] else "FAILED: " + in_short(card["failed"])))
         say(f"reward adapter: {training_args.output_dir}")
 
 

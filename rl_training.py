@@ -75,7 +75,7 @@ from utils.degenerate import find_broken
 from utils.guard import Guard, Limits, floor_scores, measure_replies
 from utils.launch import relaunch_on_all_gpus
 from utils.report import RunFiles, append_jsonl, draw_curves, run_record, write_json
-from utils.reward_card import read_card
+from utils.reward_card import in_short, read_card
 from utils.rollout import Batch, Sampling, check_output_logits, make_batch, reply_job, sample_replies, value_job
 
 STATE_FILE = "ppo_state.json"
@@ -159,11 +159,11 @@ class PPOArguments(TrainingArguments):
         },
     )
     guard_freq: int = field(
-        default=4,
+        default=5,
         metadata={"help": "Iterations between two looks at held-out prompts; the rollouts are always watched."},
     )
     guard_prompts: int = field(
-        default=64,
+        default=32,
         metadata={"help": "Held-out prompts for that; without held-out rows at most a tenth of the prompts."},
     )
     guard_patience: int = field(
@@ -706,7 +706,7 @@ def read_statistics(reward: SavedAdapter, allow_weak: bool) -> ScoreStatistics:
     if card is None:
         weak = f"the reward adapter {reward.path} has no reward_card.json, so nothing is known about it"
     elif not card.get("passed"):
-        reasons = "; ".join(card.get("failed", [])) or "it is the card of an older version"
+        reasons = in_short(card.get("failed", [])) or "it is the card of an older version"
         weak = f"the reward adapter {reward.path} did not pass its reward card: {reasons}"
     else:
         weak = None

@@ -14,6 +14,7 @@ from utils.reward_card import (
     calibration_error,
     card_table,
     fit_temperature,
+    in_short,
     length_correlation,
     length_only_accuracy,
     pair_measures,
@@ -103,6 +104,11 @@ def test_a_probe_below_the_threshold_fails_and_is_named() -> None:
     assert result["passed"] is False
     assert result["failed"] == ["probe cut_50 0.940 (wanted 0.95)"]
     assert verdict({**CARD, "probes": {"empty": 0.95}})["passed"] is True
+
+
+def test_many_failures_are_told_in_short() -> None:
+    assert in_short(["a", "b"]) == "a; b"
+    assert in_short(["a", "b", "c", "d", "e"]) == "a; b; c; and 2 more"
 
 
 def test_an_exempt_probe_does_not_decide() -> None:

@@ -111,6 +111,12 @@ def verdict(card: dict[str, Any], exempt: Sequence[str] = (), threshold: float =
     return {"passed": not failed, "threshold": threshold, "exempt": list(exempt), "failed": failed}
 
 
+def in_short(failed: list[str], shown: int = 3) -> str:
+    """What failed, as one line: the first few, and how many more there are."""
+    more = len(failed) - shown
+    return "; ".join(failed[:shown]) + (f"; and {more} more" if more > 0 else "")
+
+
 def read_card(folder: str) -> dict[str, Any] | None:
     """The card of a reward adapter, None where it has none.  Raises InputError when the file is no card."""
     path = os.path.join(folder, CARD_FILE)
