@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.runs import for_each_seed, judge_adapters, make_world_and_sft, train_ppo, train_reward, write_rows
+from benchmarks.runs import in_parallel, judge_adapters, make_world_and_sft, train_ppo, train_reward, write_rows
 from demo import world
 from demo.gold import gold_score
 from demo.table import Row
@@ -226,7 +226,7 @@ def main() -> None:
         for arm in arms:
             run_arm(folder, seed, arm, args.iterations)
 
-    for_each_seed(train, args.seeds, args.jobs)
+    in_parallel(train, args.seeds, args.jobs)
 
     # ---- Report ----
     seeds = {seed: judge_seed(args.output_dir / f"seed{seed}", arms) for seed in args.seeds}

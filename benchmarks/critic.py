@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.runs import for_each_seed, judge_adapters, make_world_and_sft, train_ppo, train_reward
+from benchmarks.runs import in_parallel, judge_adapters, make_world_and_sft, train_ppo, train_reward
 from demo.gold import gold_score
 from utils.arguments import run_script
 from utils.report import read_jsonl
@@ -106,7 +106,7 @@ def main() -> None:
         critics = ["head", "adapter"] if seed in args.critic_seeds else ["head"]
         train(args.output_dir / f"seed{seed}", seed, critics)
 
-    for_each_seed(work, args.seeds, args.jobs)
+    in_parallel(work, args.seeds, args.jobs)
     lines = [*healthy_table(args.output_dir, args.seeds), "", *critic_table(args.output_dir, args.critic_seeds)]
     text = "\n".join(lines) + "\n"
     (args.output_dir / "critic.md").write_text(text, encoding="utf-8")

@@ -12,21 +12,22 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.runs import for_each_seed, make_world_and_sft, train_reward
+from benchmarks.runs import in_parallel, make_world_and_sft, train_reward
 from utils.arguments import read_yaml, run_script
 
 TAUGHT = read_yaml("configs/reward_demo.yaml")["degenerate_kinds"].split(",")
 
 
-def train(folder: Path, seed: int) -> None:
-    """All reward models of one seed."""
-    make_world_and_sft(folder, seed)
+def train(folder: Path, seed: int, name: str, max_steps: int) -> None:
+    """The reward model `name` of a seed: "none", "all", or "without_" and a kind."""
     data = (f"{folder}/world/preferences.jsonl", f"{folder}/world/preferences_heldout.jsonl")
-    train_reward(folder, seed, "none", *data, "--degenerate_ratio", "0")
-    train_reward(folder, seed, "all", *data)
-    for kind in TAUGHT:
-        others = ",".join(other for other in TAUGHT if other != kind)
-        train_reward(folder, seed, f"without_{kind}", *data, "--degenerate_kinds", others)
+    arguments = ["--max_steps", f"{max_steps}"]
+    if name == "none":
+        arguments += ["--degenerate_ratio", "0"]
+    elif name != "all":
+        others = ",".join(kind for kind in TAUGHT if name != f"without_{kind}")
+        arguments += ["--degenerate_kinds", others]
+    train_reward(folder, seed, name, *data, *arguments)
 
 
 def report(cards: list[dict[str, dict[str, Any]]]) -> str:
@@ -50,9 +51,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for all runs and the report")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at once, a core each")
+    parser.add_argument("--max_steps", type=int, default=300, help="of each reward model")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at once, a core each")
     args = parser.parse_args()
-    for_each_seed(lambda seed: train(args.output_dir / f"seed{seed}", seed), args.seeds, args.jobs)
+    in_parallel(lambda seed: make_world_and_sft(args.output_dir / f"seed{seed}", seed), args.seeds, args.jobs)
+    names = ["none", "all", *(f"without_{kind}" for kind in TAUGHT)]
+    models = [(seed, name) for seed in args.seeds for name in names]
+    in_parallel(lambda m: train(args.output_dir / f"seed{m[0]}", *m, args.max_steps), models, args.jobs)
     cards = []
     for seed in args.seeds:
         files = (args.output_dir / f"seed{seed}").glob("*/reward_card.json")

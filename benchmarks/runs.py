@@ -1,4 +1,4 @@
-"""What the benchmarks in the demo's world share: run a script, judge what it made, do the seeds in parallel."""
+"""What the benchmarks in the demo's world share: run a script, judge what it made, do several in parallel."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -71,10 +72,10 @@ def train_ppo(folder: Path, seed: int, name: str, reward: str, prompts: str, *mo
     run_module(folder, f"{name}.log", *words, "--output_dir", f"{folder}/{name}", *more)
 
 
-def for_each_seed(work: Callable[[int], None], seeds: Sequence[int], jobs: int) -> None:
-    """Do the seeds, `jobs` of them at once, with a progress bar."""
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(seeds), desc="seeds") as progress:
-        for _ in pool.map(work, seeds):
+def in_parallel(work: Callable[[Any], None], tasks: Sequence[Any], jobs: int) -> None:
+    """Do the tasks, `jobs` of them at once, with a progress bar."""
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), desc="tasks") as progress:
+        for _ in pool.map(work, tasks):
             progress.update()
 
 
