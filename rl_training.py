@@ -37,6 +37,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from utils import ppo
 from utils.adapters import (
@@ -74,7 +75,7 @@ from utils.data import check_template, tokenize_prompts, train_and_eval_rows
 from utils.degenerate import find_broken
 from utils.guard import Guard, Limits, floor_scores, measure_replies
 from utils.launch import relaunch_on_all_gpus
-from utils.report import RunFiles, append_jsonl, draw_curves, run_record, write_json
+from utils.report import IterationLines, RunFiles, append_jsonl, draw_curves, run_record, write_json
 from utils.reward_card import in_short, read_card
 from utils.rollout import Batch, Sampling, check_output_logits, make_batch, reply_job, sample_replies, value_job
 
@@ -831,6 +832,8 @@ def main() -> None:
         guard_dataset=guard_dataset,
         record=record,
     )
+    trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
+    trainer.add_callback(IterationLines())
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # ---- Save ----

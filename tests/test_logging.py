@@ -5,6 +5,7 @@ Weights & Biases is in test_article.py: it is what the article's command logs wi
 
 import json
 import math
+import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -16,7 +17,7 @@ import reward_modeling
 import rl_training
 import sft_training
 from tests.helpers import make_stages, run_main, save_lively_base
-from utils.report import draw_curves, drop_rows_after, read_jsonl
+from utils.report import draw_curves, drop_rows_after, iteration_line, read_jsonl
 
 STEPS, BATCH, TEMPLATE = 3, 4, "Q: {prompt}\nA:"
 PPO_METRICS = {  # the ones that DESIGN.md promises
@@ -191,3 +192,30 @@ def test_a_resumed_run_forgets_the_rows_it_will_write_again(tmp_path):
     path.write_text("".join(json.dumps({"iteration": i}) + "\n" for i in (1, 2, 3, 4)))
     drop_rows_after(str(path), "iteration", 2)
     assert [row["iteration"] for row in read_jsonl(str(path))] == [1, 2]
+
+
+def test_the_console_shows_one_readable_line_an_iteration():
+    logs = {"score_mean": 1.234, "score_std": 0.5, "kl": 2.0, "response_length": 16.44, "empty_fraction": 0.125}
+    logs |= {"entropy": 0.618, "tokens_per_second": 351.7, "loss": 0.1}
+    line = "iteration 3/24  score 1.23 +- 0.50  KL 2.00  16.4 tokens a reply  empty 12%  entropy 0.62  352 tokens/s"
+    assert iteration_line(logs, 3, 24) == line
+    assert iteration_line({**logs, "heldout/score": 0.71}, 3, 24) == line + "  held-out score 0.71"
+    evaluation = {f"eval_{name}": logs[name] for name in ("score_mean", "kl", "response_length", "empty_fraction")}
+    assert (
+        iteration_line(evaluation, 3, 24) == "evaluation after 3  score 1.23  KL 2.00  16.4 tokens a reply  empty 12%"
+    )
+    assert iteration_line({"train_runtime": 3.0}, 24, 24) is None
+
+
+@pytest.mark.parametrize("quiet", ["true", "false"])
+def test_a_run_prints_its_iterations_and_no_dictionary(runs, data, tmp_path, monkeypatch, capfd, quiet):
+    words = ["--model_name_or_path", runs / "base", "--dataset", data["preferences"], "--output_dir", tmp_path / "ppo"]
+    words += ["--prompt_template", TEMPLATE, "--steps", "2", "--batch_size", "4", "--output_max_length", "8"]
+    words += ["--sft_model_lora_path", runs / "stages/sft", "--reward_model_lora_path", runs / "stages/reward"]
+    words += ["--allow_weak_reward", "true", "--guard", "off", "--use_cpu", "true", "--disable_tqdm", quiet]
+    monkeypatch.setattr(sys, "argv", ["rl_training.py", *map(str, words)])
+    rl_training.main()
+    shown = capfd.readouterr()
+    printed = shown.out + shown.err
+    assert printed.count("iteration 1/2  score") == printed.count("iteration 2/2  score") == 1
+    assert "{'score_mean'" not in printed
