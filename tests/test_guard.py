@@ -9,14 +9,8 @@ import torch
 from utils.guard import ALARM, WARNING, Guard, Limits, find_signs, floor_scores, measure_replies
 
 SFT = {
-    "length": 20.0,
-    "broken": 0.0,
-    "empty": 0.0,
-    "same": 0.02,
-    "distinct": 0.6,
-    "kl": 0.0,
-    "score": 0.0,
-    "extreme": 2.0,
+    **{"length": 20.0, "broken": 0.0, "empty": 0.0, "same": 0.02, "distinct": 0.6, "asked": 0.4},
+    **{"kl": 0.0, "score": 0.0, "extreme": 2.0},
 }
 LIMITS = Limits(kl_budget=5.0)
 
@@ -64,6 +58,27 @@ def test_measures_by_hand() -> None:
     assert measures["distinct"] == pytest.approx(3 / 5)
 
 
+def test_how_much_of_the_question_is_taken_up_by_hand() -> None:
+    """All four prompts have "is", which weighs nothing; two have "tea" and two "it", log 2; "hot" and "cold" weigh log 4."""
+    prompts = ["is tea hot", "is tea cold", "is it", "is it"]
+    replies = ["tea is hot", "TEA", "is", "it"]
+    # 1, log 2 / (log 2 + log 4) = 1/3, 0, 1
+    assert measure_replies(prompts, replies, [1, 1, 1, 1])["asked"] == pytest.approx((1 + 1 / 3 + 0 + 1) / 4)
+    assert measure_replies(["a", "a"], ["a", "b"], [1, 1])["asked"] == 0.0  # nothing tells the prompts apart
+
+
+def test_a_policy_that_leaves_the_topic_is_seen() -> None:
+    """A reward model that could not tell topics apart let the policy drop them, and no other measure showed it."""
+    topics = ("tea", "soup", "rice", "bread")
+    prompts = [f"what about {topic}?" for topic in topics]
+    before = measure_replies(prompts, [f"I like {topic} so much." for topic in topics], [6] * 4)
+    after = measure_replies(prompts, [f"I like {topic} so much." for topic in topics[::-1]], [6] * 4)
+    rest = {"kl": 0.0, "score": 0.0, "extreme": 1.0}
+    signs = find_signs({**after, **rest}, {**before, **rest}, LIMITS)
+    words = "replies leave the topic: they take up 0.00 of what was asked, the SFT model's 1.00"
+    assert signs == [(ALARM, words)]
+
+
 def test_the_same_reply_to_the_same_prompt_is_no_sign() -> None:
     assert measure_replies(["a?", "a?"], ["yes indeed", "yes indeed"], [3, 3])["same"] == 0.0
 
@@ -91,6 +106,9 @@ def test_measures_of_nothing_but_empty_replies() -> None:
         ({"same": 0.5}, [ALARM]),
         ({"distinct": 0.29}, [WARNING]),
         ({"distinct": 0.2}, [ALARM]),
+        ({"asked": 0.31}, []),
+        ({"asked": 0.29}, [WARNING]),
+        ({"asked": 0.19}, [ALARM]),
         ({"kl": 5.0}, [WARNING]),
         ({"kl": 10.0}, [ALARM]),
         ({"extreme": 9.0}, [WARNING]),

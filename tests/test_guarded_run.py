@@ -187,7 +187,9 @@ def test_a_stopped_run_ends_in_order(start) -> None:
 
 def test_best_is_the_checkpoint_with_the_highest_held_out_score(start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found again from what the run wrote.  Nothing counts as a sign here: random replies of a random model have many."""
-    anything = Limits(1e9, length_low=(0, 0), length_high=(1e9, 1e9), broken=(2, 2), same=(2, 2), distinct=(-1, -1))
+    anything = Limits(
+        1e9, length_low=(0, 0), length_high=(1e9, 1e9), broken=(2, 2), same=(2, 2), distinct=(-1, -1), asked=(-1, -1)
+    )
     monkeypatch.setattr(rl_training, "Limits", lambda kl_budget: anything)
     folder = start(steps=5, save_freq=1, guard_freq=1, learning_rate=0.0005)
     rows = [row for row in read_jsonl(str(folder / "metrics.jsonl")) if "heldout/score" in row]

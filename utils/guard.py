@@ -1,13 +1,15 @@
 """Watches a PPO run: sees a collapse while it begins, says in words what it is, and knows the best policy so far.
 
 A score that rises says nothing when the reward model is wrong.  What a collapse cannot hide is in the replies: they shrink
-or run on, they say nothing, repeat themselves, or become the same whatever was asked, while KL to the SFT model grows.  So
-every batch of replies is measured against the SFT model's own, and best is the highest score on held-out prompts within
-the KL budget and without any such sign.
+or run on, they say nothing, repeat themselves, leave the topic, or become the same whatever was asked, while KL to the SFT
+model grows.  So every batch of replies is measured against the SFT model's own, and best is the highest score on held-out
+prompts within the KL budget and without any such sign.
 
 Measures are plain dicts of floats, so that they can be logged and kept in a checkpoint as they are.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -36,6 +38,7 @@ class Limits:
     broken: tuple[float, float] = (0.05, 0.25)  # share of replies, more than the SFT model's
     same: tuple[float, float] = (0.1, 0.4)  # the same
     distinct: tuple[float, float] = (0.5, 0.35)  # times the SFT model's share of different word pairs
+    asked: tuple[float, float] = (0.75, 0.5)  # times the SFT model's share of what was asked that the reply takes up
     score_rise: float = 0.5  # standard deviations
 
 
@@ -57,7 +60,8 @@ def measure_replies(prompts: Sequence[str], replies: Sequence[str], lengths: Seq
     length: mean, in tokens.  broken: share with a plain fault (see `find_broken`); empty: with no text at all.
     same: share of replies that another prompt got too, word for word.  distinct: share of different ones among all pairs
     of neighbouring words (Li et al. 2016, distinct-2), 1 where there are none; it falls with the number of replies, so
-    compare equal numbers.
+    compare equal numbers.  asked: mean share of the prompt's words that the reply has too, each with the weight
+    log(prompts / prompts with it) (Sparck Jones 1972, idf): words that all prompts have say nothing.
     """
     found = [find_broken(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
     askers: dict[str, set[str]] = {}
@@ -65,12 +69,21 @@ def measure_replies(prompts: Sequence[str], replies: Sequence[str], lengths: Seq
         askers.setdefault(reply.strip(), set()).add(prompt)
     pairs = [pair for reply in replies for pair in zip(words_of(reply), words_of(reply)[1:], strict=False)]
     count = len(replies)
+    asked = [set(words_of(prompt)) for prompt in prompts]
+    askers_of = Counter(word for words in asked for word in words)
+    shares = []
+    for words, reply in zip(asked, replies, strict=True):
+        weights = {word: math.log(count / askers_of[word]) for word in words}
+        if any(weights.values()):
+            said = set(words_of(reply))
+            shares.append(sum(weight for word, weight in weights.items() if word in said) / sum(weights.values()))
     return {
         "length": sum(lengths) / count,
         "broken": sum(kind is not None for kind in found) / count,
         "empty": sum(kind in ("empty", "blank") for kind in found) / count,
         "same": sum(len(askers[reply.strip()]) > 1 for reply in replies) / count,
         "distinct": len(set(pairs)) / len(pairs) if pairs else 1.0,
+        "asked": sum(shares) / len(shares) if shares else 0.0,
     }
 
 
@@ -98,6 +111,9 @@ def find_signs(now: dict[str, float], sft: dict[str, float], limits: Limits) -> 
     note(now["same"] - sft["same"], limits.same, same)
     variety = f"{now['distinct']:.3f} of the word pairs are different ones, the SFT model's {sft['distinct']:.3f}"
     note(distinct, limits.distinct, f"replies lose variety: {variety}", below=True)
+    if sft["asked"] > 0:
+        asked = f"they take up {now['asked']:.2f} of what was asked, the SFT model's {sft['asked']:.2f}"
+        note(now["asked"] / sft["asked"], limits.asked, f"replies leave the topic: {asked}", below=True)
     budget = limits.kl_budget
     note(now["kl"], (budget, 2 * budget), f"KL to the SFT model is {now['kl']:.1f} nats a reply, the budget {budget:g}")
     rise = now["score"] - sft["score"]
