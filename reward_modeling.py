@@ -52,6 +52,7 @@ from utils.arguments import (
     resume_path,
     run_script,
     say,
+    set_up_ddp,
 )
 from utils.data import check_template, pad_right, tokenize_preferences, train_and_eval_rows
 from utils.degenerate import KINDS, TRAIN_WEIGHT, broken_pairs
@@ -164,6 +165,7 @@ class RewardArguments(TrainingArguments):
         if self.ensemble_size < 1:
             raise InputError(f"--ensemble_size is {self.ensemble_size}; give a number above 0")
         default_autocast(self)
+        set_up_ddp(self)
         super().__post_init__()
 
 

@@ -70,6 +70,7 @@ from utils.arguments import (
     resume_path,
     run_script,
     say,
+    set_up_ddp,
 )
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
 from utils.degenerate import find_broken
@@ -230,6 +231,7 @@ class PPOArguments(TrainingArguments):
         self.remove_unused_columns, self.dataloader_drop_last = False, True
         self.label_names = []
         default_autocast(self)
+        set_up_ddp(self)
         super().__post_init__()
 
 

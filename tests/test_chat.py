@@ -1,5 +1,6 @@
 """chat.py in a real terminal: replies stream and are the models' own, commands do what /help says."""
 
+import contextlib
 import os
 import pty
 import re
@@ -75,6 +76,14 @@ class Terminal:
         os.write(self.master, line.encode() + b"\n")
         shown = self.read(r"\n(.*\n)*" + until)
         return re.sub(until + "$", "", shown.split("\n", 1)[1])
+
+    def interrupt(self, until: str) -> str:
+        """Press Ctrl-C, again where it came just before Python began to wait for a key: then Python sees it at the next."""
+        for _ in range(20):
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(AssertionError):
+                return self.read(until, seconds=5)
+        raise AssertionError("Ctrl-C did nothing")
 
     def close(self) -> int:
         """Exit code of a program that ends by itself."""
@@ -157,8 +166,7 @@ def test_help_and_mistakes_do_not_end_the_chat(terminal: Terminal) -> None:
     assert terminal.ask("") == ""
     assert terminal.ask("x" * 300).startswith("error: that is ")  # the tiny base has 256 positions
     assert terminal.ask("dogs").endswith("\n")
-    terminal.process.send_signal(signal.SIGINT)
-    assert "(stopped; /quit ends the chat)" in terminal.read(r"chat\)\n\[SFT\] ")
+    assert "(stopped; /quit ends the chat)" in terminal.interrupt(r"chat\)\n\[SFT\] ")
     os.write(terminal.master, b"/quit\n")
     assert terminal.close() == 0
 

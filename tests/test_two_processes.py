@@ -78,7 +78,10 @@ def commands(stages: Stages, data: dict[str, str], tmp_path_factory: pytest.Temp
         "accumulation": ppo,
         "several steps": ppo,
         "critic": [*ppo, "--critic", "adapter"],
-        "reward": [*tune, "--dataset", data["preferences"], "--eval_dataset", data["preferences"]],
+        "reward": [
+            *(*tune, "--dataset", data["preferences"], "--eval_dataset", data["preferences"]),
+            *("--dataloader_drop_last", "true"),  # accelerate would fill a short batch of two processes with copies
+        ],
         "sft": [*tune, "--dataset", data["sft"], "--eval_dataset", data["sft"]],
     }
 
@@ -94,14 +97,14 @@ ALONE = {  # what the arguments of one process have to be
     "accumulation": {"batch_size": 8, "mini_batch_size": 4, "gradient_accumulation_steps": 2},
     "several steps": {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2},
     "critic": {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2},
-    "reward": {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8},
+    "reward": {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 8},
     "sft": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
 }
 EACH_OF_TWO = {
     "accumulation": {"batch_size": 4, "mini_batch_size": 4, "gradient_accumulation_steps": 1},
     "several steps": {"batch_size": 4, "mini_batch_size": 2, "gradient_accumulation_steps": 1},
     "critic": {"batch_size": 4, "mini_batch_size": 2, "gradient_accumulation_steps": 1},
-    "reward": {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4},
+    "reward": {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4},  # 16 rows, in two parts
     "sft": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
 }
 

@@ -213,6 +213,15 @@ def default_autocast(training_args: TrainingArguments) -> None:
         training_args.bf16 = on_gpu and not training_args.fp16 and torch.cuda.is_bf16_supported()
 
 
+def set_up_ddp(training_args: TrainingArguments) -> None:
+    """Tell DDP that every trainable parameter gets a gradient in each step, unless the user said something else.
+
+    Left to look for itself, it takes what one forward pass does not use for unused, and fails where a step has several.
+    """
+    if training_args.ddp_find_unused_parameters is None:
+        training_args.ddp_find_unused_parameters = False
+
+
 def choose_precision(model_args: ModelArguments, training_args: TrainingArguments) -> torch.dtype:
     """Type of the frozen base weights, as torch.dtype; `auto` is bfloat16 under bfloat16 autocast on a GPU, else float32.
 
