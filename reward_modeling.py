@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from utils.adapters import (
+    SavedAdapter,
     check_adapter,
     ensemble_score,
     load_adapter,
@@ -36,8 +37,8 @@ from utils.adapters import (
     member_scores,
     new_reward_model,
     read_adapter,
-    use_adapter,
 )
+from utils.answers import answer, answer_sampling
 from utils.arguments import (
     DEFAULT_PREFERENCES,
     DataArguments,
@@ -67,7 +68,6 @@ from utils.reward_card import (
     verdict,
     write_card,
 )
-from utils.rollout import Sampling, sample_replies
 from utils.statistics import wilson_interval
 
 SMALLEST_PART = 8  # rows that go through the model together, whatever their lengths
@@ -225,9 +225,9 @@ class RewardTrainer(Trainer):
         self.members = members
 
     def collate(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Rows of `tokenize_preferences` -> ids and mask [2B, L], chosen first, reply lengths [B, 2], margins [B] and
+        """Rows of `tokenize_preferences` -> ids and mask [2B, L], chosen first; lengths [B, 2]; margins and broken [B].
 
-        whether the rejected reply is a broken one, bool [B].
+        lengths are of the replies; broken: whether the rejected reply was made by utils/degenerate.py.
         """
         sequences = [pair["chosen_ids"] for pair in pairs] + [pair["rejected_ids"] for pair in pairs]
         ids, mask = pad_right(sequences, self.processing_class.pad_token_id)
@@ -340,26 +340,21 @@ def add_broken_pairs(
 
 
 def sample_sft_replies(
-    model: PeftModel, queries: list[list[int]], data: RewardDataArguments, tokenizer: PreTrainedTokenizerBase, size: int
+    model: PeftModel,
+    sft: SavedAdapter,
+    queries: list[list[int]],
+    data: RewardDataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
 ) -> list[list[int]]:
     """Query + reply of the SFT adapter, as token ids, for each query that leaves room for one; EOS may not come first."""
-    load_adapter(model, read_adapter(data.sft_model_lora_path, "--sft_model_lora_path"), "sft")
-    sampling = Sampling(
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=data.output_max_length,
-        begin_suppress_tokens=tuple({tokenizer.eos_token_id, tokenizer.pad_token_id}),
-    )
-    queries = [query for query in queries if len(query) + data.output_max_length <= data.max_length]
-    sequences = []
+    load_adapter(model, sft, "sft")
     model.eval()
-    with use_adapter(model, "sft"):
-        for start in range(0, len(queries), size):
-            part = queries[start : start + size]
-            replies = sample_replies(model, part, range(start, start + len(part)), sampling)
-            sequences += [query + reply for query, reply in zip(part, replies, strict=True)]
+    queries = [query for query in queries if len(query) + data.output_max_length <= data.max_length]
+    sampling = answer_sampling(tokenizer, data.output_max_length)
+    replies = answer(model, ["sft"], queries, range(len(queries)), tokenizer, sampling, size)
     model.delete_adapter("sft")
-    return sequences
+    return [query + reply.ids for query, reply in zip(queries, replies, strict=True)]
 
 
 def probe(
@@ -428,6 +423,7 @@ def main() -> None:
 
     # ---- Model ----
     base = load_base(model_args, dtype)
+    sft = None
     if data_args.sft_model_lora_path is not None:
         sft = read_adapter(data_args.sft_model_lora_path, "--sft_model_lora_path")
         check_adapter(sft, "--sft_model_lora_path", False, template, base)
@@ -455,11 +451,11 @@ def main() -> None:
     trainer.log(prediction.metrics)
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
     sft_sequences = []
-    if data_args.sft_model_lora_path is not None:
+    if sft is not None:
         queries = {tuple(pair["chosen_ids"][: pair["query_length"]]) for pair in probes}
         queries = [list(query) for query in sorted(queries)[: data_args.probe_prompts]]
         size = training_args.per_device_eval_batch_size
-        sft_sequences = sample_sft_replies(unwrapped, queries, data_args, tokenizer, size)
+        sft_sequences = sample_sft_replies(unwrapped, sft, queries, data_args, tokenizer, size)
     probed, scores = probe(trainer, probes, sft_sequences)
     if trainer.is_world_process_zero():
         sample = trainer.collate([eval_dataset[i] for i in range(min(8, len(eval_dataset)))])

@@ -794,11 +794,12 @@ def main() -> None:
     eval_dataset = eval_rows and number_rows(tokenize_prompts(eval_rows, template, tokenizer, longest))
     needed = training_args.batch_size * training_args.world_size
     guard_dataset = None
-    if training_args.guard != "off" and eval_dataset is not None:
-        guard_dataset = eval_dataset.select(range(min(training_args.guard_prompts, len(eval_dataset))))
-    elif training_args.guard != "off":
-        train_dataset, guard_dataset = split_guard_prompts(train_dataset, training_args.guard_prompts, needed)
-        guard_dataset = number_rows(guard_dataset)
+    if training_args.guard != "off":
+        if eval_dataset is not None:
+            guard_dataset = eval_dataset.select(range(min(training_args.guard_prompts, len(eval_dataset))))
+        else:
+            train_dataset, guard_dataset = split_guard_prompts(train_dataset, training_args.guard_prompts, needed)
+            guard_dataset = number_rows(guard_dataset)
     train_dataset = number_rows(train_dataset)
     if len(train_dataset) < needed:
         raise InputError(

@@ -2,12 +2,17 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from utils.guard import ALARM, WARNING, Guard, Limits, find_signs, floor_scores, measure_replies
 
+ROOT = Path(__file__).parent.parent
 SFT = {
     **{"length": 20.0, "broken": 0.0, "empty": 0.0, "same": 0.02, "distinct": 0.6, "asked": 0.4},
     **{"kl": 0.0, "score": 0.0, "extreme": 2.0},
@@ -208,3 +213,23 @@ def test_the_state_goes_through_a_checkpoint() -> None:
 def test_nan_scores_raise_no_false_alarm() -> None:
     """A comparison with nan is false: such a run is not the guard's business, and it must not crash on it."""
     assert levels(score=math.nan) == []
+
+
+def test_measures_are_the_same_in_every_process() -> None:
+    """Words of a set come in an order that differs by process; a plain sum of their weights differed in its last digit.
+
+    A resumed run, and the processes of one run, would then disagree.
+    """
+    code = (
+        "from utils.guard import measure_replies\n"
+        "from random import Random\n"
+        "rng, words = Random(0), [f'word{i}' for i in range(60)]\n"
+        "prompts, replies = ([' '.join(rng.sample(words, 15)) for _ in range(40)] for _ in range(2))\n"
+        "print(repr(measure_replies(prompts, replies, [15] * 40)))\n"
+    )
+    seen = set()
+    for seed in ("1", "2", "3"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code]
+        seen.add(subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT).stdout)
+    assert len(seen) == 1

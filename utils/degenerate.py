@@ -262,7 +262,7 @@ def find_broken(prompt: str, reply: str) -> str | None:
     words, asked = words_of(reply), words_of(prompt)
     if len(words) >= LOOP_WORDS and distinct_runs(reply, 3) < LOOP_DISTINCT:
         return "loop"
-    if asked and words and words == (asked * (len(words) // len(asked) + 1))[: len(words)] and len(words) >= len(asked):
+    if asked and len(words) >= len(asked) and words == (asked * len(words))[: len(words)]:
         return "echo"
     return None
 
@@ -304,7 +304,7 @@ def broken_pairs(
             chosen_replies.append(GoodReply(asked, texts[0], ids[0]))
             rejected_replies.append(GoodReply(asked, texts[1], ids[1]))
     of_chosen = ReplyBreaker(chosen_replies, tokenizer, seed, held_out)
-    of_rejected = ReplyBreaker(rejected_replies, tokenizer, seed, held_out)
+    of_rejected = of_chosen if held_out else ReplyBreaker(rejected_replies, tokenizer, seed)
     pairs = []
     for kind, count in counts.items():
         order = list(range(len(queries)))
@@ -314,7 +314,7 @@ def broken_pairs(
         for index in order:
             if made == count:
                 break
-            breaker = of_rejected if made % 2 and kind in OF_ANY_REPLY and not held_out else of_chosen
+            breaker = of_rejected if made % 2 and kind in OF_ANY_REPLY else of_chosen
             broken = breaker.break_reply(kind, index)
             if broken is None:
                 continue

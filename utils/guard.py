@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,16 +68,17 @@ def measure_replies(prompts: Sequence[str], replies: Sequence[str], lengths: Seq
     askers: dict[str, set[str]] = {}
     for prompt, reply in zip(prompts, replies, strict=True):
         askers.setdefault(reply.strip(), set()).add(prompt)
-    pairs = [pair for reply in replies for pair in zip(words_of(reply), words_of(reply)[1:], strict=False)]
     count = len(replies)
+    said = [words_of(reply) for reply in replies]
+    pairs = [pair for words in said for pair in pairwise(words)]
     asked = [set(words_of(prompt)) for prompt in prompts]
     askers_of = Counter(word for words in asked for word in words)
     shares = []
-    for words, reply in zip(asked, replies, strict=True):
+    for words, reply in zip(asked, map(set, said), strict=True):
         weights = {word: math.log(count / askers_of[word]) for word in words}
         if any(weights.values()):
-            said = set(words_of(reply))
-            shares.append(sum(weight for word, weight in weights.items() if word in said) / sum(weights.values()))
+            # fsum: the words of a set come in another order in each process, and the sum has to be the same
+            shares.append(math.fsum(weights[word] for word in words & reply) / math.fsum(weights.values()))
     return {
         "length": sum(lengths) / count,
         "broken": sum(kind is not None for kind in found) / count,
