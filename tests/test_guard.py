@@ -224,8 +224,9 @@ def test_measures_are_the_same_in_every_process() -> None:
         "from utils.guard import measure_replies\n"
         "from random import Random\n"
         "rng, words = Random(0), [f'word{i}' for i in range(60)]\n"
-        "prompts, replies = ([' '.join(rng.sample(words, 15)) for _ in range(40)] for _ in range(2))\n"
-        "print(repr(measure_replies(prompts, replies, [15] * 40)))\n"
+        "for _ in range(20):\n"
+        "    prompts, replies = ([' '.join(rng.sample(words, 15)) for _ in range(40)] for _ in range(2))\n"
+        "    print(measure_replies(prompts, replies, [15] * 40))\n"
     )
     seen = set()
     for seed in ("1", "2", "3"):
