@@ -78,9 +78,23 @@ from utils.guard import Guard, Limits, floor_scores, measure_replies
 from utils.launch import relaunch_on_all_gpus
 from utils.report import IterationLines, RunFiles, append_jsonl, draw_curves, run_record, write_json
 from utils.reward_card import in_short, read_card
-from utils.rollout import Batch, Sampling, check_output_logits, make_batch, reply_job, sample_replies, value_job
+from utils.rollout import (
+    Batch,
+    ReplyStatistics,
+    Sampling,
+    check_output_logits,
+    draw_replies,
+    make_batch,
+    reply_job,
+    split_by_length,
+    value_job,
+)
 
 STATE_FILE = "ppo_state.json"
+# What a layer costs in a forward and backward pass before its first token, in floating-point operations: the time that
+# starting some hundred small operations takes, at the rate of large ones.
+PASS_OVERHEAD = {"cpu": 1e8, "cuda": 1e11}
+PASS_TOKENS = {"cpu": 512, "cuda": 2**31}  # more tokens in a pass make a CPU no faster and need more memory
 BEST = "best"
 TRAINER_NAMES = {  # arguments of the Trainer that PPO has under other names
     "max_steps": "steps",
@@ -275,6 +289,14 @@ class PPOTrainer(Trainer):
         self.guard = Guard(Limits(self.args.kl_budget), self.args.guard_patience)
         self.guard_dataset = guard_dataset
         self.has_critic = self.args.critic == "adapter"
+        base = self.model.get_base_model()
+        # Where the update computes as the sampler does, its log-probs and values are those of the sampler, to rounding.
+        self.same_arithmetic = base.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        # Sharded weights are collected for each pass, so every process has to make the same number of them.
+        self.splits = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        layers = base.config.get_text_config().num_hidden_layers
+        layer_size = sum(parameter.numel() for parameter in base.base_model.parameters()) / layers
+        self.pass_overhead = PASS_OVERHEAD[self.args.device.type] / (4 * layer_size)
         self.record = record or {}
 
     # ---- One iteration ----
@@ -346,26 +368,39 @@ class PPOTrainer(Trainer):
         device = self.args.device
         was_training = model.training
         model.eval()
-        responses = sample_replies(self.accelerator.unwrap_model(model), queries, seeds, self.sampling)
+        unwrapped = self.accelerator.unwrap_model(model)
+        replies = draw_replies(unwrapped, queries, seeds, self.sampling, with_values=not self.has_critic)
         model.train(was_training)
-        batch = Batch(*(part.to(device) for part in make_batch(queries, responses, self.sampling.pad_token_id)))
-        parts = []
-        for index in torch.arange(len(queries), device=device).split(self.args.mini_batch_size):
+        batch = Batch(*(part.to(device) for part in make_batch(queries, replies.ids, self.sampling.pad_token_id)))
+        logprobs, ref_logprobs, values, entropy = torch.zeros(4, *batch.response_mask.shape, device=device)
+        scores = torch.zeros(len(queries), device=device)
+        for index in self.passes(batch, torch.arange(len(queries), device=device)):
             rows = batch.rows(index)
+            width = rows.response_mask.shape[1]
             inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
-            policy = model(**inputs, job=reply_job(rows, self.sampling, not self.has_critic, with_entropy=True))
-            values = self.critic_values(model, rows) if self.has_critic else policy.values
-            with use_adapter(self.accelerator.unwrap_model(model), REFERENCE):
+            if self.same_arithmetic:
+                policy = ReplyStatistics(
+                    *(part if part is None else part[index, :width] for part in replies.statistics)
+                )
+            else:
+                policy = model(**inputs, job=reply_job(rows, self.sampling, not self.has_critic, with_entropy=True))
+            logprobs[index, :width], entropy[index, :width] = policy.logprobs.float(), policy.entropy.float()
+            values[index, :width] = self.critic_values(model, rows) if self.has_critic else policy.values
+            with use_adapter(unwrapped, REFERENCE):
                 reference = model(**inputs, job=reply_job(rows, self.sampling, with_values=False, with_entropy=False))
-            scores = reward_scores(model, inputs)
-            parts.append((policy.logprobs, reference.logprobs, values, policy.entropy, scores))
-        width = batch.response_mask.shape[1]
-        *tokens, scores = zip(*parts, strict=True)
-        tokens = [torch.cat([nn.functional.pad(part, (0, width - part.shape[1])) for part in kind]) for kind in tokens]
-        local = Experience(
-            batch, torch.tensor(indices, device=device), *(kind.float() for kind in tokens), torch.cat(scores)
-        )
-        return self.gather_experience(local)
+            ref_logprobs[index, :width] = reference.logprobs.float()
+            scores[index] = reward_scores(model, inputs)
+        indices = torch.tensor(indices, device=device)
+        return self.gather_experience(Experience(batch, indices, logprobs, ref_logprobs, values, entropy, scores))
+
+    def passes(self, batch: Batch, rows: Tensor) -> list[Tensor]:
+        """`rows` of the batch in parts that go through the model together: at most `mini_batch_size`, of similar length."""
+        if not self.splits:
+            return list(rows.split(self.args.mini_batch_size))
+        lengths = batch.attention_mask[rows].sum(1).tolist()
+        most_tokens = PASS_TOKENS[self.args.device.type]
+        parts = split_by_length(lengths, self.pass_overhead, self.args.mini_batch_size, most_tokens)
+        return [rows[part] for part in parts]
 
     def critic_values(self, model: nn.Module, batch: Batch) -> Tensor:
         """Values [B, T] from the critic's own adapter."""
@@ -426,7 +461,7 @@ class PPOTrainer(Trainer):
         sums: dict[str, float] = {}
         ratio_first, optimizer_steps, stopped = None, 0, False
         for step_rows in self.optimizer_batches(len(advantages), iteration):
-            micro_batches = self.micro_batches(step_rows)
+            micro_batches = self.micro_batches(experience.batch, step_rows)
             step_tokens = experience.batch.response_mask[step_rows].sum()
             totals = torch.zeros(5, device=self.args.device)
             for number, rows in enumerate(micro_batches):
@@ -477,10 +512,9 @@ class PPOTrainer(Trainer):
             generator = torch.Generator().manual_seed(_seed(self.args.seed, iteration, epoch, 1))
             yield from torch.randperm(count, generator=generator).to(self.args.device).split(size)
 
-    def micro_batches(self, step_rows: Tensor) -> list[Tensor]:
-        """This process's part of an optimizer step, in pieces of `mini_batch_size` rows."""
-        own = step_rows.chunk(self.args.world_size)[self.args.process_index]
-        return list(own.split(self.args.mini_batch_size))
+    def micro_batches(self, batch: Batch, step_rows: Tensor) -> list[Tensor]:
+        """This process's part of an optimizer step, in `passes`."""
+        return self.passes(batch, step_rows.chunk(self.args.world_size)[self.args.process_index])
 
     def micro_batch_loss(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 from trl import SFTConfig, SFTTrainer
 
+import rl_training
 from rl_training import Experience, PPOTrainer, ScoreStatistics, read_statistics
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.helpers import (
@@ -26,7 +27,7 @@ from tests.helpers import (
     save_reward,
     wake_value_head,
 )
-from utils import ppo
+from utils import ppo, rollout
 from utils.adapters import (
     REFERENCE,
     REWARD,
@@ -452,6 +453,58 @@ def test_micro_batches_do_not_change_the_gradient(stages: Stages, tmp_path: Path
     skip = ("ratio_first",)  # of the first micro-batch, which differs
     for name in expected_metrics.keys() - set(skip):
         assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"temperature": 0.7, "repetition_penalty": 1.3}], ids=["plain", "shaped"])
+def test_the_gradient_is_that_of_a_plain_implementation(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict
+) -> None:
+    """Sorted parts, logits in chunks and a gradient taken in the forward pass may not change what is learnt.
+
+    The reference is autograd through transformers' own forward pass, logits of every position, one row at a time, with the
+    loss written out as in the papers.
+    """
+    monkeypatch.setitem(rollout.LOGIT_CHUNK, "cpu", 5 * 320)
+    monkeypatch.setitem(rl_training.PASS_OVERHEAD, "cpu", 0.0)  # one length a part
+    settings = {"ppo_epochs": 1, "max_grad_norm": 0.0, "mini_batch_size": 8, **arguments}
+    trainer = make_ppo_trainer(stages, tmp_path, **settings)
+    experience = ragged_experience(trainer)
+    move_policy(trainer)
+    found, metrics = gradients(trainer, experience)
+    batch, sampling, model = experience.batch, trainer.sampling, trainer.model
+    assert len(trainer.passes(batch, torch.arange(8))) > 3
+    advantages = torch.randn(experience.values.shape, generator=torch.Generator().manual_seed(5))
+    returns = advantages + experience.values
+    losses = []
+    for row, reply in enumerate(batch.responses()):
+        start, end = int(batch.query_lengths[row]), int(batch.query_lengths[row]) + len(reply)
+        ids = batch.input_ids[row : row + 1, :end]
+        states = model.get_base_model().model(input_ids=ids).last_hidden_state[0, start - 1 : end - 1]
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, start - 1 : end - 1]
+        values = model.get_base_model().v_head(states).squeeze(1)
+        for step, token in enumerate(reply):
+            own = logits[step]
+            seen = torch.zeros(320, dtype=torch.bool).index_fill(0, ids[0, : start + step], True)
+            penalty = sampling.repetition_penalty
+            own = torch.where(seen, torch.where(own < 0, own * penalty, own / penalty), own)
+            if step == 0:
+                own = own.index_fill(0, torch.tensor([PAD, EOS]), -torch.inf)
+            logprob = (own / sampling.temperature).log_softmax(-1)[token]
+            ratio = (logprob - experience.logprobs[row, step]).exp()
+            advantage, old = advantages[row, step], experience.values[row, step]
+            policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+            clipped = values[step].clamp(old - 0.2, old + 0.2)
+            squares = torch.maximum((values[step] - returns[row, step]) ** 2, (clipped - returns[row, step]) ** 2)
+            losses.append(policy + 0.1 * 0.5 * squares)
+    loss = torch.stack(losses).mean()
+    model.zero_grad()
+    loss.backward()
+    assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert len(found) == 30
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = float(parameter.grad.abs().max())
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-5 * scale + 1e-7)
 
 
 def test_early_stopping_ends_the_epochs(stages: Stages, tmp_path: Path) -> None:

@@ -228,7 +228,9 @@ def test_tokens_are_streamed_one_by_one(lineup: Lineup) -> None:
 
     recorder = Recorder()
     sampling = answer_sampling(make_tokenizer(), LENGTH)
-    (reply,) = sample_replies(load_plain(lineup.base), [[5, 6, 7]], [0], sampling, recorder)
+    model = load_plain(lineup.base)
+    enable_jobs(model)
+    (reply,) = sample_replies(model, [[5, 6, 7]], [0], sampling, recorder)
     assert recorder.pieces == [[5, 6, 7], *([token] for token in reply)]
     assert recorder.ended
 

@@ -1,7 +1,10 @@
 """Replies and their log-probs: rules 3, 6 and 10 of DESIGN.md ("Always true")."""
 
 from dataclasses import replace
+from itertools import product
+from math import inf
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -27,7 +30,16 @@ from tests.helpers import (
 from utils import rollout
 from utils.adapters import REFERENCE, enable_jobs, use_adapter
 from utils.arguments import InputError
-from utils.rollout import Batch, ReplyStatistics, Sampling, make_batch, reply_job, sample_replies
+from utils.rollout import (
+    Batch,
+    ReplyStatistics,
+    Sampling,
+    draw_replies,
+    make_batch,
+    reply_job,
+    sample_replies,
+    split_by_length,
+)
 
 PAD, EOS = 0, 2
 QUERIES = [[5, 9, 9, 30, 7, 5, 11, 260, 31], [40, 41], [PAD, 6, EOS, 6], [17] * 6]  # a pad and an EOS that are meant
@@ -106,6 +118,7 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_logprobs_claim(samplin
     """
     model = make_model("llama", vocabulary=96)
     model.get_output_embeddings().weight.data *= 2
+    enable_jobs(model)
     query, count = [5, 9, 9, 30], 6000
     replies = sample_replies(model, [query] * count, range(count), replace(sampling, max_new_tokens=2))
 
@@ -179,12 +192,12 @@ def test_a_reply_does_not_depend_on_its_batch(family: str) -> None:
     Rule 8 and the resume of rule 7 stand on this.
     """
     model = lively(make_model(family))
+    enable_jobs(model)
     sampling = replace(SHAPED, max_new_tokens=8, temperature=1.5)
     together = sample_replies(model, QUERIES, [3, 4, 5, 6], sampling)
     for query, seed, reply in zip(QUERIES, [3, 4, 5, 6], together, strict=True):
         assert sample_replies(model, [query], [seed], sampling) == [reply]
     assert len({tuple(*sample_replies(model, QUERIES[1:2], [seed], sampling)) for seed in range(9)}) > 5
-    enable_jobs(model)
     with torch.no_grad():
         batch = statistics(model, make_batch(QUERIES, together, PAD), sampling)
         for row, (query, reply) in enumerate(zip(QUERIES, together, strict=True)):
@@ -198,6 +211,7 @@ def test_what_was_sampled_has_the_logprobs_of_its_own_draw() -> None:
     One uniform number picks each token: it has to lie in that token's part of the cumulative distribution.
     """
     model = lively(make_model("llama"))
+    enable_jobs(model)
     seeds = [8, 9, 10, 11]
     replies = sample_replies(model, QUERIES, seeds, SHAPED)
     uniforms = rollout.uniform_streams(seeds, SHAPED.max_new_tokens)
@@ -269,12 +283,12 @@ def test_no_tensor_of_batch_by_length_by_vocabulary(
     """Logits of prompt + reply positions are what runs out of memory first: 32 x 1024 x 150,000 floats are 18 GiB."""
     vocabulary, hidden, count = 320, 32, 8
     if chunk_rows:
-        monkeypatch.setattr(rollout, "LOGIT_CHUNK", chunk_rows * vocabulary)
+        monkeypatch.setitem(rollout.LOGIT_CHUNK, "cpu", chunk_rows * vocabulary)
     trainer = make_ppo_trainer(stages, tmp_path, batch_size=count, mini_batch_size=count, ppo_epochs=1)
     trainer.create_optimizer_and_scheduler(1)
     queries = queries_of(trainer, count)
-    replies = sample_replies(trainer.model, queries, list(range(count)), trainer.sampling)
-    monkeypatch.setattr("rl_training.sample_replies", lambda *_: replies)
+    replies = draw_replies(trainer.model, queries, list(range(count)), trainer.sampling, with_values=True)
+    monkeypatch.setattr("rl_training.draw_replies", lambda *_, **__: replies)
     with _Shapes() as seen:
         experience = trainer.judge(trainer.model, queries, list(range(count)), list(range(count)))
         advantages = torch.randn(experience.values.shape)
@@ -293,26 +307,79 @@ def test_no_tensor_of_batch_by_length_by_vocabulary(
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3])
-def test_chunks_change_neither_values_nor_gradients(monkeypatch: pytest.MonkeyPatch, chunk_rows: int) -> None:
-    """A chunk that is computed again in the backward pass must see the same rows as the first time."""
-    results = []
-    for limit in (rollout.LOGIT_CHUNK, chunk_rows * 320):
-        monkeypatch.setattr(rollout, "LOGIT_CHUNK", limit)
-        model = lively(make_model("llama"))
-        enable_jobs(model)
-        model.v_head = nn.Linear(32, 1)
-        nn.init.constant_(model.v_head.weight, 0.3)
-        nn.init.zeros_(model.v_head.bias)
-        ours = statistics(model, make_batch(QUERIES, RESPONSES, PAD), replace(SHAPED, begin_suppress_tokens=(5,)), True)
-        weights = torch.arange(1.0, 1 + ours.logprobs.numel()).view_as(ours.logprobs).sin()  # no two tokens alike
-        (weights * (ours.logprobs + ours.values + ours.entropy)).sum().backward()
-        results.append((ours, {name: parameter.grad for name, parameter in model.named_parameters()}))
-    (whole, whole_gradients), (parts, part_gradients) = results
-    for one, other in zip(whole, parts, strict=True):
-        torch.testing.assert_close(other, one)
-    for name, gradient in whole_gradients.items():
-        torch.testing.assert_close(part_gradients[name], gradient, rtol=1e-4, atol=1e-5)
-    assert whole_gradients["model.layers.0.mlp.up_proj.weight"].abs().max() > 0.1
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen embedding", "trained embedding"])
+def test_chunks_change_neither_values_nor_gradients(
+    monkeypatch: pytest.MonkeyPatch, chunk_rows: int, frozen: bool
+) -> None:
+    """With a frozen output embedding the gradient is taken chunk by chunk in the forward pass, else in a second one.
+
+    The reference is plain autograd through transformers alone, one unpadded row at a time.
+    """
+    monkeypatch.setitem(rollout.LOGIT_CHUNK, "cpu", chunk_rows * 320)
+    sampling = replace(SHAPED, begin_suppress_tokens=(5,))
+    model = lively(make_model("llama"))
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    wanted = torch.zeros(len(RESPONSES), max(map(len, RESPONSES)))
+    weights = torch.arange(1.0, 1 + wanted.numel()).view_as(wanted).sin()  # no two tokens alike
+    loss = torch.zeros(())
+    for row, (query, reply) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
+        ids = torch.tensor([[*query, *reply]])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        for step, token in enumerate(reply):
+            end = len(query) + step
+            own = logits[end - 1]
+            seen = torch.zeros(320, dtype=torch.bool).index_fill(0, ids[0, :end], True)
+            own = torch.where(seen, torch.where(own < 0, own * 1.3, own / 1.3), own)
+            if step == 0:
+                own = own.masked_fill(torch.arange(320) == 5, -torch.inf)
+            logprob = (own / 0.7).log_softmax(-1)[token]
+            wanted[row, step] = logprob.detach()
+            loss = loss + weights[row, step] * logprob
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert gradients["model.layers.0.mlp.up_proj.weight"].abs().max() > 0.1
+    model.zero_grad()
+    model.lm_head.weight.requires_grad_(not frozen)
+    enable_jobs(model)
+    batch = make_batch(QUERIES, RESPONSES, PAD)
+    job = reply_job(batch, sampling, with_values=False, with_entropy=False)
+    ours = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=job)
+    torch.testing.assert_close(ours.logprobs, wanted, rtol=1e-5, atol=1e-5)
+    (weights * ours.logprobs).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sampler_says_what_a_second_look_says(family: str) -> None:
+    """PPO takes log-probs and values from the sampler's own forward passes, with left padding, a cache, and replies that
+    leave the batch: they have to be those of the update's pass over whole rows."""
+    model = lively(make_model(family))
+    enable_jobs(model)
+    model.v_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
+    sampling = replace(SHAPED, max_new_tokens=10, temperature=1.5)
+    some_token = sample_replies(model, QUERIES, [3, 4, 5, 9], sampling)[0][2]
+    sampling = replace(sampling, eos_token_id=some_token)  # so that at least the first reply ends early
+    drawn = draw_replies(model, QUERIES, [3, 4, 5, 9], sampling, with_values=True)
+    assert len(set(map(len, drawn.ids))) > 1  # some end before others
+    with torch.no_grad():
+        again = statistics(model, make_batch(QUERIES, drawn.ids, PAD), sampling, values=True)
+    for ours, theirs in zip(drawn.statistics, again, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reply_that_has_ended_leaves_the_batch() -> None:
+    """The sampler went on with finished replies until the longest one was done."""
+    model = lively(make_model("llama"))
+    enable_jobs(model)
+    tokens = []
+    model.model.layers[0].register_forward_pre_hook(lambda layer, inputs: tokens.append(inputs[0].shape[:2].numel()))
+    replies = sample_replies(model, QUERIES * 4, range(16), PLAIN)
+    lengths = [len(reply) for reply in replies]
+    assert min(lengths) < max(lengths)
+    assert sum(tokens) == 16 * max(map(len, QUERIES)) + sum(lengths) - 16  # the last token of a reply goes nowhere
 
 
 def test_adding_padding_columns_changes_nothing(stages: Stages, tmp_path: Path) -> None:
@@ -375,3 +442,41 @@ def test_an_unknown_soft_cap_is_refused() -> None:
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     with pytest.raises(InputError, match="changes its logits"):
         rollout.check_output_logits(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of similar length
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_similar_length_go_together() -> None:
+    """Worked by hand: 10 + 10 + 9 tokens cost 30 + 5 together; with the 2 they would cost 40 + 5, apart 32 + 10."""
+    assert split_by_length([10, 2, 9, 10], overhead=5, most_rows=8, most_tokens=10**6) == [[1], [2, 0, 3]]
+    assert split_by_length([10, 2, 9, 10], overhead=9, most_rows=8, most_tokens=10**6) == [[1, 2, 0, 3]]
+    assert split_by_length([5, 5, 5, 5], overhead=1, most_rows=3, most_tokens=10**6) in (
+        [[0], [1, 2, 3]],
+        [[0, 1, 2], [3]],
+    )
+    assert split_by_length([7, 7, 7], overhead=1, most_rows=8, most_tokens=14) in ([[0], [1, 2]], [[0, 1], [2]])
+    assert split_by_length([50], overhead=1, most_rows=8, most_tokens=10) == [[0]]  # one row is never cut
+
+
+def test_no_cut_is_cheaper() -> None:
+    """Against every way to cut six sorted rows."""
+    rng = Random(5)
+    for _ in range(50):
+        lengths, overhead = [rng.randint(1, 40) for _ in range(6)], rng.choice([0.5, 4, 15, 60])
+        ordered = sorted(lengths)
+
+        def cost(parts: list[list[int]], overhead: float = overhead) -> float:
+            return sum(len(part) * max(part) + overhead for part in parts)
+
+        cheapest = inf
+        for cuts in product([False, True], repeat=5):
+            parts = [[ordered[0]]]
+            for length, cut in zip(ordered[1:], cuts, strict=True):
+                parts = [*parts, [length]] if cut else [*parts[:-1], [*parts[-1], length]]
+            cheapest = min(cheapest, cost(parts))
+        found = split_by_length(lengths, overhead, most_rows=6, most_tokens=10**6)
+        assert sorted(row for part in found for row in part) == list(range(6))
+        assert cost([[lengths[row] for row in part] for part in found]) == pytest.approx(cheapest)

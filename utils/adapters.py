@@ -142,8 +142,8 @@ Job = Callable[[PreTrainedModel, Tensor], Any]  # (base, last hidden states [B, 
 def enable_jobs(base: PreTrainedModel) -> None:
     """Teach forward() one more argument: `job`, called with the base and the last hidden states instead of the LM head.
 
-    Without `job`, forward() is what it was, so generate() and everything else still work.  Has to be called before PEFT
-    wraps the base.
+    attention_mask is always given; with past_key_values it covers the cached tokens too.  Without `job`, forward() is what
+    it was, so generate() and everything else still work.  Has to be called before PEFT wraps the base.
     """
     plain_forward = base.forward
     decoder = base.base_model
@@ -153,11 +153,13 @@ def enable_jobs(base: PreTrainedModel) -> None:
     def forward(self: PreTrainedModel, *args: Any, job: Job | None = None, **inputs: Any) -> Any:
         if job is None:
             return plain_forward(*args, **inputs)
-        mask = inputs["attention_mask"]
-        extra = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if takes_positions else {}  # for left padding
+        ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], inputs.get("past_key_values")
+        extra = {} if cache is None else {"past_key_values": cache}
+        if takes_positions:  # for left padding; with a cache the mask also covers the tokens in it
+            extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         decoder = self.base_model
-        hidden = decoder(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False, **extra).last_hidden_state
-        return job(self, hidden)
+        output = decoder(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **extra)
+        return job(self, output.last_hidden_state)
 
     base.forward = types.MethodType(forward, base)
 

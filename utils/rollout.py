@@ -7,22 +7,24 @@ one between the distributions that really acted, and cannot be driven negative.
 Shapes: B replies, L tokens of prompt + reply, T reply tokens, V vocabulary, N real reply tokens of all rows in one list.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from utils.adapters import Job
 from utils.arguments import InputError
 from utils.data import pad_right
 
-LOGIT_CHUNK = 2**25  # logits held at once, in numbers (128 MiB in float32)
+# Logits held at once, in numbers.  On a CPU 16 MiB of float32: they stay in its cache, and larger blocks would be fetched
+# from the operating system and given back each time.  A GPU needs some hundred rows to be busy.
+LOGIT_CHUNK = {"cpu": 2**22, "cuda": 2**25}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,28 @@ class ReplyStatistics(NamedTuple):
     entropy: Tensor | None  # float [B, T], of the distribution the token was drawn from, in nats
 
 
+def split_by_length(lengths: Sequence[int], overhead: float, most_rows: int, most_tokens: int) -> list[list[int]]:
+    """Row numbers in parts of similar length: the cheapest cut of the rows, sorted by length, into forward passes.
+
+    A pass costs its rows times its longest row, padding included, plus `overhead`, all in tokens.  Every part has at most
+    `most_rows` rows, and at most `most_tokens` tokens unless one row has more.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    costs, starts = [0.0], [0]  # of the cheapest cut of the first n rows: its cost, and where its last part starts
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        widest = min(most_rows, max(1, most_tokens // longest), end)
+        choices = [(costs[end - rows] + rows * longest + overhead, end - rows) for rows in range(1, widest + 1)]
+        cost, start = min(choices)
+        costs.append(cost)
+        starts.append(start)
+    parts, end = [], len(order)
+    while end:
+        parts.append(order[starts[end] : end])
+        end = starts[end]
+    return parts[::-1]
+
+
 def make_batch(queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int) -> Batch:
     """Join ragged queries and responses, each with at least one token, into a Batch."""
     rows = [[*query, *response] for query, response in zip(queries, responses, strict=True)]
@@ -94,11 +118,13 @@ def sampling_logits(logits: Tensor, seen: Tensor | None, is_first: Tensor, sampl
     if seen is not None:
         penalised = torch.where(logits < 0, logits * sampling.repetition_penalty, logits / sampling.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
-    if sampling.begin_suppress_tokens:
+    if (
+        sampling.begin_suppress_tokens and is_first.any()
+    ):  # a pass over all logits, where there is something to suppress
         banned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
         banned[list(sampling.begin_suppress_tokens)] = True
         logits = logits.masked_fill(is_first.unsqueeze(-1) & banned, -torch.inf)
-    return logits / sampling.temperature
+    return logits if sampling.temperature == 1 else logits / sampling.temperature
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,34 +132,33 @@ def sampling_logits(logits: Tensor, seen: Tensor | None, is_first: Tensor, sampl
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Draw(LogitsProcessor):
-    """Draws the next token inside generate(): one uniform number a reply token picks it from the cumulative distribution.
+class Drawn(NamedTuple):
+    """The next token of each of R replies, and what the model said of it."""
 
-    With a stream of numbers for each reply, a reply depends on its own seed and prompt alone: not on the batch that it is
-    sampled in, and not on how many processes share the work.
+    tokens: Tensor  # int64 [R]
+    logprobs: Tensor  # float32 [R]
+    entropy: Tensor  # float32 [R], in nats
+    values: Tensor | None  # float32 [R], of the state in front of the token
+
+
+def draw_job(uniforms: Tensor, seen: Tensor | None, first: bool, sampling: Sampling, with_values: bool) -> Job:
+    """Job that draws the next token of each row.
+
+    uniforms: float64 [R], one number in [0, 1) a row picks its token from the cumulative distribution; seen: as in
+    `sampling_logits`; first: whether these are the first tokens of their replies.
     """
 
-    def __init__(self, prompt_mask: Tensor, uniforms: Tensor, sampling: Sampling) -> None:
-        self.prompt_mask = prompt_mask  # bool [B, P], left-padded prompts
-        self.uniforms = uniforms  # float64 [B, T]
-        self.sampling = sampling
+    def job(base: PreTrainedModel, hidden: Tensor) -> Drawn:
+        states = hidden[:, -1]  # [R, H]
+        is_first = torch.full(states.shape[:1], first, device=states.device)
+        logprobs = sampling_logits(output_logits(base, states), seen, is_first, sampling).log_softmax(-1)  # [R, V]
+        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # float32 sums lose the tail of a large vocabulary
+        target = uniforms[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logprobs.shape[-1] - 1)  # [R, 1]
+        values = state_values(base, states) if with_values else None
+        return Drawn(tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1), entropies(logprobs), values)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        prompt_length = self.prompt_mask.shape[1]
-        step = input_ids.shape[1] - prompt_length
-        seen = None
-        if self.sampling.repetition_penalty != 1:
-            real = torch.ones_like(input_ids, dtype=torch.bool)
-            real[:, :prompt_length] = self.prompt_mask
-            seen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-            rows, columns = real.nonzero(as_tuple=True)
-            seen[rows, input_ids[rows, columns]] = True
-        is_first = torch.full((len(scores),), step == 0, device=scores.device)
-        logits = sampling_logits(scores, seen, is_first, self.sampling)
-        cumulative = logits.double().softmax(-1).cumsum(-1)  # [B, V]; float32 sums lose the tail of a large vocabulary
-        target = self.uniforms[:, step : step + 1] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+    return job
 
 
 def uniform_streams(seeds: Sequence[int], length: int) -> Tensor:
@@ -142,7 +167,13 @@ def uniform_streams(seeds: Sequence[int], length: int) -> Tensor:
     return torch.stack(streams)
 
 
-@torch.no_grad()
+class Replies(NamedTuple):
+    """Sampled replies, each up to and with EOS, or `max_new_tokens` long without one."""
+
+    ids: list[list[int]]
+    statistics: "ReplyStatistics"  # [B, T] of the sampler's own forward passes, T = tokens of the longest reply
+
+
 def sample_replies(
     model: PreTrainedModel | PeftModel,
     queries: Sequence[Sequence[int]],
@@ -150,30 +181,66 @@ def sample_replies(
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """One reply for each query, as token ids: up to and with EOS, or `max_new_tokens` long without one.
+    """Token ids of one reply for each query; see `draw_replies`."""
+    return draw_replies(model, queries, seeds, sampling, streamer).ids
 
-    seeds: one number a query; the same query with the same seed gives the same reply in any batch, up to the rounding
-    of the forward pass.  streamer: gets each token as soon as it is drawn; transformers has that for one query only.
+
+@torch.no_grad()
+def draw_replies(
+    model: PreTrainedModel | PeftModel,
+    queries: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    streamer: BaseStreamer | None = None,
+    with_values: bool = False,
+) -> Replies:
+    """One reply for each query, with what the policy said.  The base needs `enable_jobs`, and a value head for the values.
+
+    seeds: one number a query; the same query with the same seed gives the same reply in any batch and on any number of
+    processes, up to the rounding of the forward pass.  A reply that has ended leaves the batch.  streamer: gets the prompt
+    and then each token as soon as it is drawn, of one query only.
     """
     device = next(model.parameters()).device
+    count, longest = len(queries), sampling.max_new_tokens
     flipped, flipped_mask = pad_right([query[::-1] for query in queries], sampling.pad_token_id)
-    ids, mask = flipped.flip(1).to(device), flipped_mask.flip(1).to(device)  # generate() goes on at the right edge
-    uniforms = uniform_streams(seeds, sampling.max_new_tokens).to(device)
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=False,  # _Draw has sampled: what it leaves is one token
-        eos_token_id=sampling.eos_token_id,
-        pad_token_id=sampling.pad_token_id,
-    )
-    draw = LogitsProcessorList([_Draw(mask.bool(), uniforms, sampling)])
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=draw, streamer=streamer
-    )
-    replies = []
-    for row in output[:, ids.shape[1] :].tolist():
-        end = row.index(sampling.eos_token_id) + 1 if sampling.eos_token_id in row else len(row)
-        replies.append(row[:end])
-    return replies
+    ids, mask = flipped.flip(1).to(device), flipped_mask.flip(1).to(device)  # replies go on at the right edge
+    uniforms = uniform_streams(seeds, longest).to(device)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        seen = torch.zeros(count, vocabulary, dtype=torch.int64, device=device).scatter_add(1, ids, mask).bool()
+    cache = DynamicCache(config=model.config)
+    tokens = torch.full((count, longest), sampling.pad_token_id, device=device)
+    logprobs, entropy, values = (torch.zeros(count, longest, device=device) for _ in range(3))
+    lengths = torch.zeros(count, dtype=torch.int64, device=device)
+    rows = torch.arange(count, device=device)  # the replies that go on
+    if streamer is not None:
+        streamer.put(ids.cpu())
+    for step in range(longest):
+        job = draw_job(uniforms[rows, step], seen, step == 0, sampling, with_values)
+        drawn = model(input_ids=ids, attention_mask=mask, past_key_values=cache, job=job)
+        tokens[rows, step], logprobs[rows, step], entropy[rows, step] = drawn.tokens, drawn.logprobs, drawn.entropy
+        if with_values:
+            values[rows, step] = drawn.values
+        lengths[rows] += 1
+        if streamer is not None:
+            streamer.put(drawn.tokens.cpu())
+        on = (drawn.tokens != sampling.eos_token_id).nonzero().squeeze(1)
+        if len(on) == 0:
+            break
+        ids, mask = drawn.tokens[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        if seen is not None:
+            seen = seen.scatter(1, ids, True)
+        if len(on) < len(rows):
+            rows, ids, mask = rows[on], ids[on], mask[on]
+            seen = None if seen is None else seen[on]
+            cache.batch_select_indices(on)
+    if streamer is not None:
+        streamer.end()
+    width = int(lengths.max())
+    replies = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    statistics = ReplyStatistics(logprobs[:, :width], values[:, :width] if with_values else None, entropy[:, :width])
+    return Replies(replies, statistics)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,46 +279,76 @@ def check_output_logits(model: PeftModel) -> None:
         )
 
 
-def reply_job(batch: Batch, sampling: Sampling, with_values: bool, with_entropy: bool) -> Job:
-    """Job that gives the ReplyStatistics of `batch`.
+def entropies(logprobs: Tensor) -> Tensor:
+    """Entropy of each distribution in nats, [N]; logprobs [N, V].  A suppressed token has probability 0 and adds nothing."""
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0)).sum(-1)
 
-    Only real reply positions reach the output embedding, `LOGIT_CHUNK` logits at a time; with a gradient each chunk is
-    computed again in the backward pass, so that the logits of the whole batch never exist at once.
+
+class _WithGradient(torch.autograd.Function):
+    """y = f(x) for an f that maps each row of x [N, H] to one number, with dy/dx taken in the forward pass, part by part.
+
+    Log-probs need the logits [N, V] again for their gradient.  Kept, they are the largest tensor of the update; computed
+    again in the backward pass, they cost a third product with the output embedding.  The gradient itself is as small as x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, function: Callable[[slice, Tensor], Tensor], parts: list[slice]) -> Tensor:
+        results, gradients = [], []
+        for part in parts:
+            own = states[part].detach().requires_grad_()
+            with torch.enable_grad():
+                result = function(part, own)
+                gradients += torch.autograd.grad(result.sum(), own)  # a row's number depends on that row alone
+            results.append(result.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(results)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (own,) = ctx.saved_tensors
+        return (gradient[:, None] * own).to(own.dtype), None, None
+
+
+def reply_job(batch: Batch, sampling: Sampling, with_values: bool, with_entropy: bool) -> Job:
+    """Job that gives the ReplyStatistics of `batch`; the entropy has no gradient.
+
+    Only real reply positions reach the output embedding, `LOGIT_CHUNK` logits at a time, so that the logits of the whole
+    batch never exist at once.
     """
 
     def job(base: PreTrainedModel, hidden: Tensor) -> ReplyStatistics:
-        rows, steps = batch.response_mask.nonzero(as_tuple=True)  # [N], [N]
+        steps, rows = batch.response_mask.T.nonzero(as_tuple=True)  # [N], [N]: the first tokens of all replies first
         before = batch.query_lengths[rows] + steps - 1  # the position that predicts the token
         states = hidden[rows, before]  # [N, H]
         tokens = batch.input_ids[rows, before + 1]  # [N]
-        vocabulary = base.get_output_embeddings().weight.shape[0]
+        embedding = base.get_output_embeddings()
+        vocabulary = embedding.weight.shape[0]
         first_seen = _first_seen(batch, vocabulary) if sampling.repetition_penalty != 1 else None  # [B, V]
+        entropy = []
 
-        def token_statistics(part: slice, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        def token_logprobs(part: slice, states: Tensor) -> Tensor:  # [n, H] -> [n]
             seen = None if first_seen is None else first_seen[rows[part]] < steps[part, None]
             logits = sampling_logits(output_logits(base, states), seen, steps[part] == 0, sampling)
             logprobs = logits.log_softmax(-1)  # [n, V]
-            entropy = None
-            if with_entropy:  # a suppressed token has probability 0 and adds nothing
-                entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0)).sum(-1)
-            return logprobs.gather(1, tokens[part, None]).squeeze(1), entropy
+            if with_entropy:
+                entropy.append(entropies(logprobs.detach()))
+            return logprobs.gather(1, tokens[part, None]).squeeze(1)
 
-        chunk = max(1, LOGIT_CHUNK // vocabulary)
+        chunk = max(1, LOGIT_CHUNK.get(states.device.type, LOGIT_CHUNK["cuda"]) // vocabulary)
         parts = [slice(start, start + chunk) for start in range(0, len(tokens), chunk)]
-        again = torch.is_grad_enabled() and len(parts) > 1
-        results = [
-            checkpoint(token_statistics, part, states[part], use_reentrant=False)
-            if again
-            else token_statistics(part, states[part])
-            for part in parts
-        ]
+        if not torch.is_grad_enabled():
+            logprobs = torch.cat([token_logprobs(part, states[part]) for part in parts])
+        elif any(parameter.requires_grad for parameter in embedding.parameters()):  # an adapter on the output embedding
+            again = [checkpoint(token_logprobs, part, states[part], use_reentrant=False) for part in parts]
+            logprobs = torch.cat(again)
+        else:
+            logprobs = _WithGradient.apply(states, token_logprobs, parts)
 
         def spread(values: Tensor) -> Tensor:  # [N] -> [B, T]
             return values.new_zeros(batch.response_mask.shape).index_put((rows, steps), values)
 
         values = spread(state_values(base, states)) if with_values else None
-        entropy = spread(torch.cat([part for _, part in results])) if with_entropy else None
-        return ReplyStatistics(spread(torch.cat([logprobs for logprobs, _ in results])), values, entropy)
+        return ReplyStatistics(spread(logprobs), values, spread(torch.cat(entropy)) if with_entropy else None)
 
     return job
 
