@@ -23,7 +23,7 @@ from transformers import (
 
 from rl_training import PPOArguments, PPOTrainer, ScoreStatistics, first_token_ban, number_rows
 from tests.conftest import make_model, make_tokenizer
-from utils.adapters import assemble_ppo_model, new_reward_model, read_adapter, start_critic
+from utils.adapters import assemble_ppo_model, enable_jobs, new_reward_model, read_adapter, start_critic
 from utils.arguments import LoraArguments
 from utils.data import tokenize_prompts
 from utils.report import RunFiles
@@ -67,6 +67,13 @@ def strengthen(model: nn.Module, seed: int) -> None:
 
 def load_plain(path: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval()
+
+
+def load_with_jobs(path: str) -> PreTrainedModel:
+    """A plain base that the toolkit's sampler can run."""
+    model = load_plain(path)
+    enable_jobs(model)
+    return model
 
 
 def save_sft(base: str, folder: Path, lora_dropout: float = 0.0) -> str:

@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import chat
 from tests.conftest import make_tokenizer
-from tests.helpers import load_plain
+from tests.helpers import load_with_jobs
 from tests.lineup import TEMPLATE, Lineup, make_lineup
 from utils.answers import answer_sampling, reply_seed
 from utils.arguments import run_script
@@ -110,7 +110,7 @@ def terminal(lineup: Lineup) -> Iterator[Terminal]:
 
 def expected(lineup: Lineup, adapter: str | None, dialogue: list[str], asked: int) -> tuple[str, list[int], list[int]]:
     """Text, query and reply of one model alone; dialogue: questions and replies in turn, a question at the end."""
-    model = load_plain(lineup.base)
+    model = load_with_jobs(lineup.base)
     model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
     roles = ("user", "assistant")
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(dialogue)]
@@ -174,7 +174,7 @@ def test_help_and_mistakes_do_not_end_the_chat(terminal: Terminal) -> None:
 def session(lineup: Lineup, longest: int = 200) -> chat.Session:
     """A session with the bare base alone."""
     tokenizer = make_tokenizer()
-    model = PeftModel.from_pretrained(load_plain(lineup.base), lineup.sft)
+    model = PeftModel.from_pretrained(load_with_jobs(lineup.base), lineup.sft)
     sampling = answer_sampling(tokenizer, LENGTH)
     return chat.Session(model, tokenizer, TEMPLATE, sampling, longest, {"base": []}, "base", seed=0)
 
@@ -228,8 +228,7 @@ def test_tokens_are_streamed_one_by_one(lineup: Lineup) -> None:
 
     recorder = Recorder()
     sampling = answer_sampling(make_tokenizer(), LENGTH)
-    model = load_plain(lineup.base)
-    enable_jobs(model)
+    model = load_with_jobs(lineup.base)
     (reply,) = sample_replies(model, [[5, 6, 7]], [0], sampling, recorder)
     assert recorder.pieces == [[5, 6, 7], *([token] for token in reply)]
     assert recorder.ended

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 import compare
 from tests.conftest import make_tokenizer, save_base, write_rows
-from tests.helpers import load_plain, save_sft
+from tests.helpers import load_with_jobs, save_sft
 from tests.lineup import TEMPLATE, Lineup, make_lineup, write_run
 from tests.pages import Page
 from utils.answers import Reply, agreed_template, answer_sampling, read_named_adapters, reply_seed
@@ -59,9 +59,9 @@ def test_each_model_replies_as_it_does_alone(lineup: Lineup, outcome: tuple[Path
     """Base and adapters loaded one at a time by plain PEFT give the replies that they gave side by side."""
     tokenizer = make_tokenizer()
     alone = {
-        "base": load_plain(lineup.base),
-        "SFT": PeftModel.from_pretrained(load_plain(lineup.base), lineup.sft),
-        "v1.5 (16)": PeftModel.from_pretrained(load_plain(lineup.base), lineup.ppo),
+        "base": load_with_jobs(lineup.base),
+        "SFT": PeftModel.from_pretrained(load_with_jobs(lineup.base), lineup.sft),
+        "v1.5 (16)": PeftModel.from_pretrained(load_with_jobs(lineup.base), lineup.ppo),
     }
     rows = outcome[1]
     assert [(row["prompt"], row["model"]) for row in rows] == [(p, name) for p in PROMPTS for name in alone]
@@ -85,7 +85,7 @@ def test_score_is_the_reward_models(lineup: Lineup, outcome: tuple[Path, list[di
     row = next(row for row in outcome[1] if row["model"] == "SFT" and 1 < row["length"] < 12)  # it ended with EOS
     query = encode_prompt(row["prompt"], TEMPLATE, tokenizer)
     seed = reply_seed(0, row["prompt"])
-    sft = PeftModel.from_pretrained(load_plain(lineup.base), lineup.sft)
+    sft = PeftModel.from_pretrained(load_with_jobs(lineup.base), lineup.sft)
     (reply,) = sample_replies(sft, [query], [seed], answer_sampling(tokenizer, 12))
     with torch.no_grad():
         expected = float(judge(input_ids=torch.tensor([[*query, *reply]])).logits)
