@@ -12,7 +12,6 @@ token whose id is not the pad id, not by the attention mask.  So where a tokeniz
 to read, the classifier and its tokenizer get a pad token of their own.
 """
 
-import json
 import os
 from dataclasses import dataclass, field
 
@@ -38,6 +37,7 @@ from utils.adapters import (
     load_base,
     load_tokenizer,
     read_adapter,
+    read_json_object,
     score_job,
 )
 from utils.arguments import (
@@ -106,15 +106,11 @@ def check_not_merged(base: str, adapter: SavedAdapter) -> None:
 
     The fingerprint cannot tell: it reads the embedding, which LoRA leaves as it was.
     """
-    path = os.path.join(base, "run.json")
-    if not os.path.isfile(path):
-        return
-    with open(path, encoding="utf-8") as file:
-        record = json.load(file)
+    record = read_json_object(os.path.join(base, "run.json"))
     trained_on = adapter.run.get("base_model") or adapter.config.base_model_name_or_path or ""
     if record.get("stage") == "merged" and os.path.realpath(trained_on) != os.path.realpath(base):
         raise InputError(
-            f"--base_model_name {base} is already a merged model ({record['base_model']} with {record['adapter']}), "
+            f"--base_model_name {base} is already a merged model ({record.get('base_model')} with {record.get('adapter')}), "
             f"and {adapter.path} was not trained on it; give the base that it was trained on"
         )
 

@@ -45,7 +45,9 @@ from utils.arguments import (
     InputError,
     LoraArguments,
     ModelArguments,
+    check_numbers,
     check_output_dir,
+    check_reporting,
     choose_precision,
     default_autocast,
     is_main_process,
@@ -119,9 +121,7 @@ class RewardDataArguments(DataArguments):
             )
         self.kinds = KINDS if self.degenerate_kinds == "all" else split_kinds("degenerate_kinds", self.degenerate_kinds)
         self.exempt = split_kinds("exempt_probes", self.exempt_probes)
-        for name in ("probe_prompts", "output_max_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}; give a number above 0")
+        check_numbers(self, above_0="max_length probe_prompts output_max_length")
         for name in ("train_subset", "eval_subset"):
             if getattr(self, name) < -1 or getattr(self, name) == 0:
                 raise InputError(f"--{name} is {getattr(self, name)}; give a number of pairs, or -1 for all")
@@ -162,8 +162,8 @@ class RewardArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.ensemble_size < 1:
-            raise InputError(f"--ensemble_size is {self.ensemble_size}; give a number above 0")
+        coefficients = "center_rewards_coefficient length_penalty_coefficient ensemble_penalty"
+        check_numbers(self, above_0="ensemble_size", from_0=coefficients)
         default_autocast(self)
         set_up_ddp(self)
         super().__post_init__()
@@ -401,6 +401,7 @@ def main() -> None:
     check_output_dir(training_args)
     checkpoint = resume_path(training_args)
     dtype = choose_precision(model_args, training_args)
+    check_reporting(training_args)
     training_args.remove_unused_columns = False
     set_seed(training_args.seed)
 

@@ -63,7 +63,9 @@ from utils.arguments import (
     InputError,
     ModelArguments,
     check_evaluation,
+    check_numbers,
     check_output_dir,
+    check_reporting,
     choose_precision,
     default_autocast,
     parse_arguments,
@@ -201,11 +203,15 @@ class PPOArguments(TrainingArguments):
     value_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
 
     def __post_init__(self) -> None:
-        positive = ("steps", "save_freq", "batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs")
-        guard = ("guard_freq", "guard_prompts", "guard_patience", "kl_budget")
-        for name in (*positive, *guard, "score_clip", "clip_range", "value_clip_range"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"--{name} is {getattr(self, name)}; give a number above 0")
+        check_numbers(
+            self,
+            above_0="steps save_freq batch_size mini_batch_size gradient_accumulation_steps ppo_epochs max_length "
+            "output_max_length temperature repetition_penalty adap_kl_target adap_kl_horizon target_kl score_clip "
+            "guard_freq guard_prompts guard_patience kl_budget clip_range value_clip_range",
+            from_0="init_kl_coef missing_eos_penalty value_coef",
+            shares="gamma gae_lambda",
+            finite="reward_baseline",
+        )
         self.mini_batch_size = min(self.mini_batch_size, self.batch_size)
         if self.batch_size % self.mini_batch_size:
             raise InputError(
@@ -800,6 +806,7 @@ def main() -> None:
     check_output_dir(training_args)
     checkpoint = resume_path(training_args)
     dtype = choose_precision(model_args, training_args)
+    check_reporting(training_args)
     sft = read_adapter(training_args.sft_model_lora_path, "--sft_model_lora_path")
     reward = read_adapter(training_args.reward_model_lora_path, "--reward_model_lora_path")
     set_seed(training_args.seed)

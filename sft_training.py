@@ -20,6 +20,7 @@ from utils.arguments import (
     ModelArguments,
     check_evaluation,
     check_output_dir,
+    check_reporting,
     choose_precision,
     default_autocast,
     parse_arguments,
@@ -60,6 +61,7 @@ def main() -> None:
     check_output_dir(training_args)
     checkpoint = resume_path(training_args)
     dtype = choose_precision(model_args, training_args)
+    check_reporting(training_args)
     set_seed(training_args.seed)
 
     # ---- Tokenizer and data ----

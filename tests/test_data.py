@@ -178,24 +178,6 @@ def test_a_missing_split_is_named(tmp_path):
         read_dataset(str(tmp_path / "rows"), "test")
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.jsonl", b"", "empty file"),
-        ("header.csv", b"prompt,response\n", "cannot read the dataset|no rows"),
-        ("half.jsonl", b'{"prompt": "a", "respo', "cannot read the dataset"),
-        ("binary.parquet", b"nonsense", "cannot read the dataset"),
-        ("latin.csv", "prompt,response\né,ü\n".encode("latin-1"), "cannot read the dataset.*utf-8"),
-        ("rows.txt", b"a", r"ends in \.txt; give one of \.jsonl"),
-    ],
-)
-def test_unreadable_files(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as caught:
-        read_dataset(str(tmp_path / name))
-    assert "\n" not in str(caught.value)
-
-
 # ---- Held-out rows ----
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import CONFIG_NAME
 
 from utils.arguments import InputError, LoraArguments, ModelArguments, one_line, say
 
@@ -41,6 +42,8 @@ POLICY, REFERENCE, REWARD = "default", "reference", "reward"  # PEFT saves "defa
 CRITIC = "critic"  # and others in a folder of their name
 MEMBER = "member"  # further adapters of a reward ensemble: member1, member2 ...
 VALUE_HEAD_FILE = "value_head.safetensors"
+# What torch, PEFT, transformers and safetensors raise for files that are cut or damaged, or of another model.
+BROKEN_MODEL = (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 SCORE_KEY = "base_model.model.score.weight"  # where PEFT keeps the head of a sequence classifier
 
 
@@ -58,10 +61,12 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     if name.startswith((".", "/", "~")) and not os.path.isdir(name):  # the hub's complaint is about its naming rules
         raise InputError(f"there is no folder {name}; check --model_name_or_path")
     refuse_baichuan(name)
+    if model_args.trust_remote_code:
+        say(f"warning: --trust_remote_code: {name} may run code of its own: {', '.join(remote_code(name)) or 'none'}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model_args.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load a tokenizer from {name}: {one_line(error)}") from error
+    except Exception as error:  # the tokenizers library raises this very class for a file that it cannot read
+        raise _cannot_load("a tokenizer from", name, error) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no EOS token, so a reply could never end; set eos_token in it")
     if tokenizer.pad_token_id is None:
@@ -85,19 +90,55 @@ def refuse_baichuan(name: str) -> None:
         )
 
 
+def _cannot_load(what: str, name: str, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):
+        code = ", ".join(remote_code(name)) or "not named"
+        advice = f"it needs code of its own ({code}); add --trust_remote_code true only if you have read and trust it"
+        return InputError(f"cannot load {what} {name}: {advice}")
+    return InputError(f"cannot load {what} {name}: {one_line(error)}; give a complete model")
+
+
+def remote_code(name: str) -> list[str]:
+    """The classes, as module.Class, that the configuration of a model names as its own code."""
+    classes = set()
+    for file in (CONFIG_NAME, "tokenizer_config.json"):
+        try:
+            auto_map = PreTrainedConfig.get_config_dict(name, _configuration_file=file)[0].get("auto_map") or {}
+        except (OSError, ValueError):  # no such file
+            continue
+        values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+        for value in values:
+            classes |= {one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)}
+    return sorted(classes)
+
+
 def load_base(model_args: ModelArguments, dtype: torch.dtype | str) -> PreTrainedModel:
     """The base as a causal language model, in eval mode, nothing trainable.  Raises InputError when it cannot be loaded.
 
-    dtype: "auto" is the type that the weights are stored in.
+    Only safetensors are read: other formats are pickles, which can run code.  dtype: "auto" is the type that the weights
+    are stored in.
     """
     name = model_args.model_name_or_path
     options = {"trust_remote_code": model_args.trust_remote_code}
     refuse_baichuan(name)
+    if os.path.isdir(name) and not any(file.endswith(".safetensors") for file in os.listdir(name)):
+        raise InputError(
+            f"cannot load the base model {name}: there is no .safetensors file in it, and other formats can run code; "
+            "download or save it as safetensors"
+        )
     try:
         AutoConfig.from_pretrained(name, **options)  # a readable complaint before gigabytes are read
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"cannot load the base model {name}: {one_line(error)}") from error
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (*BROKEN_MODEL, OSError, ImportError) as error:
+        raise _cannot_load("the base model", name, error) from error
+    if report["missing_keys"]:  # transformers would train on with random numbers in their place
+        missing = sorted(report["missing_keys"])
+        raise InputError(
+            f"the base model {name} is not complete: it has no weights for {missing[0]} and {len(missing) - 1} more; "
+            "download it again"
+        )
     # A model's own generation defaults (Qwen's repetition_penalty, top_p ...) must not change what PPO samples.
     model.generation_config = GenerationConfig(
         bos_token_id=model.generation_config.bos_token_id, eos_token_id=model.generation_config.eos_token_id
@@ -314,23 +355,55 @@ class SavedAdapter:
         return SCORE_KEY in self.keys
 
 
+def read_json_object(path: str) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file.  Raises InputError when the file is something else."""
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {one_line(error)}; is the file complete?") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not an object; restore the file or remove it")
+    return content
+
+
+def read_run(folder: str) -> dict[str, Any]:
+    """run.json of an adapter, empty where it has none.  Raises InputError when what later stages need is not in it."""
+    path = os.path.join(folder, "run.json")
+    run = read_json_object(path)
+    arguments = run.get("arguments", {})
+    for name in ("base_fingerprint", "base_model", "prompt_template"):
+        if run and not isinstance(run.get(name), str):
+            raise InputError(f"{path} has no {name}; restore the file, or remove it to let the arguments decide")
+    if not isinstance(arguments, dict) or not isinstance(arguments.get("ensemble_penalty", 1.0), (int, float)):
+        raise InputError(f"the arguments in {path} are damaged; restore the file, or remove it")
+    return run
+
+
 def read_adapter(path: str | None, argument: str) -> SavedAdapter:
     """Look at the adapter folder that `argument` names.  Raises InputError when it is missing, incomplete or no LoRA."""
     if path is None:
         raise InputError(f"no adapter was given; add {argument} FOLDER")
     weights = os.path.join(path, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(weights) and os.path.isfile(os.path.join(path, WEIGHTS_NAME)):
+        raise InputError(
+            f"{argument} {path} holds its weights as {WEIGHTS_NAME}, a pickle, which can run code and is not read; "
+            f"save the adapter as {SAFETENSORS_WEIGHTS_NAME}"
+        )
     for file in (os.path.join(path, "adapter_config.json"), weights):
         if not os.path.isfile(file):
             raise InputError(f"{argument} {path}: there is no {os.path.basename(file)} in it; give an adapter's folder")
+    settings = read_json_object(os.path.join(path, "adapter_config.json"))
+    if settings.get("peft_type") != "LORA":
+        raise InputError(f"{argument} {path} is a {settings.get('peft_type')} adapter; give a LORA one")
+    run = read_run(path)
     try:
         with safe_open(weights, "pt") as file:
             keys = list(file.keys())
         config = LoraConfig.from_pretrained(path)
-        run = {}
-        if os.path.isfile(os.path.join(path, "run.json")):
-            with open(os.path.join(path, "run.json"), encoding="utf-8") as file:
-                run = json.load(file)
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+    except (*BROKEN_MODEL, OSError) as error:
         raise InputError(f"{argument} {path} cannot be read: {one_line(error)}; is the file complete?") from error
     return SavedAdapter(path, config, keys, run)
 
@@ -371,9 +444,9 @@ def load_adapter(model: PeftModel, adapter: SavedAdapter, name: str) -> None:
     """
     try:
         result = model.load_adapter(adapter.path, name, autocast_adapter_dtype=True)
-    except (RuntimeError, ValueError) as error:  # shapes of another base; target modules that it does not have
+    except BROKEN_MODEL as error:  # shapes of another base; target modules that it does not have
         raise InputError(f"the adapter {adapter.path} does not fit this base: {one_line(error)}") from error
-    _refuse_leftovers(result, adapter.path, name)
+    _check_loaded(model, result, adapter.path, name)
     model.set_requires_grad(name, requires_grad=False)
 
 
@@ -386,7 +459,7 @@ def attach_adapter(base: PreTrainedModel, adapter: SavedAdapter, config: LoraCon
     wrap = PeftModel if adapter.has_score_head else get_peft_model
     try:
         model = wrap(base, config, adapter_name=POLICY)
-    except ValueError as error:  # target modules that this base does not have
+    except BROKEN_MODEL as error:  # target modules that this base does not have
         raise InputError(f"the adapter {adapter.path} does not fit this base: {one_line(error)}") from error
     load_weights(model, adapter.path, POLICY)
     return model
@@ -395,19 +468,26 @@ def attach_adapter(base: PreTrainedModel, adapter: SavedAdapter, config: LoraCon
 def load_weights(model: PeftModel, folder: str, name: str) -> None:
     """Fill the adapter `name`, which exists already, from a folder.  Raises InputError when it does not fit."""
     try:
-        result = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"), adapter_name=name)
-    except RuntimeError as error:
+        tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        result = set_peft_model_state_dict(model, tensors, adapter_name=name)
+    except (*BROKEN_MODEL, OSError) as error:
         raise InputError(f"the adapter {folder} does not fit this base: {one_line(error)}") from error
-    _refuse_leftovers(result, folder, name)
+    _check_loaded(model, result, folder, name)
 
 
-def _refuse_leftovers(result: Any, path: str, name: str) -> None:
+def _check_loaded(model: PeftModel, result: Any, path: str, name: str) -> None:
+    """Raise InputError unless every tensor of the file has found its place in the adapter, and is finite."""
     missing = [key for key in result.missing_keys if f".{name}." in key]  # not the base's, nor other adapters'
     if result.unexpected_keys or missing:
         raise InputError(
             f"the adapter {path} does not fit this base: {len(result.unexpected_keys)} of its tensors have no place, "
             f"{len(missing)} places stay empty (such as {(result.unexpected_keys + missing)[0]})"
         )
+    for key, weight in model.named_parameters():
+        if f".{name}." in key and not weight.isfinite().all():
+            raise InputError(
+                f"the adapter {path} holds NaN or infinity in {key}; its training failed, give another one"
+            )
 
 
 @contextlib.contextmanager
@@ -495,4 +575,7 @@ def load_value_head(base: PreTrainedModel, folder: str) -> None:
     path = os.path.join(folder, VALUE_HEAD_FILE)
     if not os.path.isfile(path):
         raise InputError(f"there is no {VALUE_HEAD_FILE} in {folder}; give a folder that rl_training.py wrote")
-    base.v_head.load_state_dict(load_file(path))
+    try:
+        base.v_head.load_state_dict(load_file(path))
+    except BROKEN_MODEL as error:
+        raise InputError(f"the value head {path} cannot be used: {one_line(error)}; is the file complete?") from error

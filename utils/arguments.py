@@ -7,6 +7,7 @@ checked by the same parser: aliases work in both, an unknown key is an error in 
 import argparse
 import difflib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 
 DEFAULT_TEMPLATE = "问：{prompt}\n\n答："
@@ -41,6 +43,24 @@ def say(line: str) -> None:
     """One line for the user on stderr, from the first process alone."""
     if is_main_process():
         print(line, file=sys.stderr, flush=True)
+
+
+def check_numbers(args: Any, above_0: str = "", from_0: str = "", shares: str = "", finite: str = "") -> None:
+    """Raise InputError when a number of `args` is out of its range; None stands for "not given" and passes.
+
+    Each range comes with the names of its arguments in one string, as in a namedtuple.  shares: from 0 to 1.
+    """
+    ranges = (
+        (above_0, lambda value: 0 < value < math.inf, "a number above 0"),
+        (from_0, lambda value: 0 <= value < math.inf, "0 or a number above it"),
+        (shares, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+        (finite, math.isfinite, "a finite number"),
+    )
+    for names, fits, wanted in ranges:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not fits(value):  # NaN fits nothing
+                raise InputError(f"--{name} is {value}; give {wanted}")
 
 
 @dataclass
@@ -126,6 +146,8 @@ class LoraArguments:
     def __post_init__(self) -> None:
         if self.lora_r < 1 or self.lora_alpha < 1:
             raise InputError(f"--lora_r {self.lora_r} and --lora_alpha {self.lora_alpha} have to be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"--lora_dropout is {self.lora_dropout}; give a share from 0 up to, not including, 1")
 
 
 class _Parser(HfArgumentParser):
@@ -144,7 +166,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise InputError(
             f"cannot read the configuration {path}: {error.strerror}; give --config an existing file"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: broken UTF-8, or 2026-13-45 for a date
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}; correct the file") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} holds a {type(config).__name__}, not 'key: value' lines; correct the file")
@@ -159,7 +181,7 @@ def as_words(config: dict[str, Any]) -> list[str]:
     words = []
     for key, value in config.items():
         if isinstance(value, dict):
-            words.append(f"--{key}={json.dumps(value)}")
+            words.append(f"--{key}={json.dumps(value, default=str)}")
         elif isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
         elif value is not None:
@@ -192,15 +214,55 @@ def parse_arguments(
         *parsed, _, unknown = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, TypeError) as error:  # TrainingArguments checks its fields by raising these
-        raise InputError(" ".join(str(error).split())) from error
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:  # how TrainingArguments complains
+        raise InputError(f"{one_line(error)}; see --help") from error
     known = [option for action in parser._actions for option in action.option_strings]
     unknown += [f"--{key}" for key, value in config.items() if value is None and f"--{key}" not in known]
     if unknown:
         name = unknown[0].split("=")[0]
         close = difflib.get_close_matches(name, known, n=1)
         raise InputError(f"unknown argument {name}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+    for args in parsed:
+        if isinstance(args, TrainingArguments):
+            check_trainer_arguments(args)
     return tuple(parsed)
+
+
+def check_trainer_arguments(args: TrainingArguments) -> None:
+    """Refuse numbers that the Trainer takes without a word and then fails with, or trains nothing.  Raises InputError."""
+    sizes = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
+    check_numbers(
+        args,
+        above_0=f"{sizes} num_train_epochs logging_steps save_steps eval_steps",
+        from_0="learning_rate weight_decay max_grad_norm warmup_steps",
+    )
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise InputError(f"--max_steps is {args.max_steps}; give a number above 0, or -1 to count epochs")
+    for name in ("seed", "data_seed"):  # numpy's range
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 2**32:
+            raise InputError(f"--{name} is {getattr(args, name)}; give a number from 0 to {2**32 - 1}")
+    if args.fp16 and args.device.type == "cpu":
+        raise InputError("--fp16 true needs a GPU; leave it out on a CPU")
+
+
+def check_reporting(training_args: TrainingArguments) -> None:
+    """Refuse loggers that are unknown, not installed or out of reach, before a model is loaded.  Raises InputError."""
+    try:
+        for logger in get_reporting_integration_callbacks(training_args.report_to):
+            logger()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"--report_to {' '.join(training_args.report_to)}: {one_line(error)}") from error
+    if "wandb" in training_args.report_to and is_main_process():
+        import wandb
+
+        try:
+            if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled"):
+                wandb.login(verify=True)
+        except wandb.Error as error:
+            raise InputError(
+                f"wandb cannot be used: {one_line(error).rstrip('.')}; log in with `wandb login`, or set WANDB_MODE=offline, or leave "
+                "it out of --report_to and --log_with"
+            ) from error
 
 
 def default_autocast(training_args: TrainingArguments) -> None:
@@ -248,6 +310,13 @@ def check_new_folder(folder: str, advice: str = "", argument: str = "--output_di
         raise InputError(f"the output folder {folder} is not empty; give another {argument}{advice}")
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"the output folder {folder} is a file; give another {argument}")
+    place = os.path.abspath(folder)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place) or not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+        raise InputError(
+            f"the output folder {folder} cannot be made: no write access to {place}; give another {argument}"
+        )
 
 
 def check_output_dir(training_args: TrainingArguments) -> None:

@@ -6,25 +6,29 @@ at the seam, and the query of a PPO rollout is exactly the query that SFT was tr
 """
 
 import hashlib
+import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, LargeList, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
+from jinja2 import TemplateError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from utils.arguments import DataArguments, InputError, is_main_process, say
+from utils.arguments import DataArguments, InputError, is_main_process, one_line, say
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
 Prompt = str | list[Message]  # a plain question, or the turns of a dialogue that ends with the user's
 Row = dict[str, Any]
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TEXT_TYPES = ("string", "large_string", "string_view", "null")  # null: a column without any value
 SFT_COLUMNS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("q", "a"))
 PREFERENCE_COLUMNS = (("prompt", "chosen", "rejected"), ("question", "response_j", "response_k"))
 PROMPT_COLUMNS = ("prompt", "question", "q", "instruction", "messages")
@@ -59,14 +63,38 @@ def read_dataset(name: str, split: str = "train", data_dir: str | None = None) -
             raise InputError(f"there is no file or folder {name}; check --dataset")
         else:
             rows = load_dataset(name, data_dir=data_dir, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # what datasets raises for names, splits and content
-        raise InputError(f"cannot read the dataset {name}: {' '.join(str(error).split())[:300]}") from error
-    except DatasetGenerationError as error:  # says nothing itself: what was wrong with the content is in its cause
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise InputError(f"cannot read the dataset {name}: {reason}; is the file complete?") from error
+        rows.data.validate(full=True)  # pyarrow takes any bytes for text, and fails when a row is read
+    except READ_ERRORS as error:
+        # how datasets says that a file, or a folder of save_to_disk, has no rows
+        if "corresponds to no data" in str(error) or isinstance(error, IndexError):
+            raise InputError(f"the dataset {name} has no rows; give one that has") from error
+        # DatasetGenerationError says nothing itself: what was wrong with the content is in its cause
+        reason = broken_line(name) if suffix == ".jsonl" and os.path.isfile(name) else None
+        reason = reason or one_line(error.__cause__ or error)
+        raise InputError(f"cannot read the dataset {name}: {reason}; check the name, or correct the file") from error
     if len(rows) == 0:
         raise InputError(f"the dataset {name} has no rows; give one that has")
+    if any(column.startswith("__index_level_") for column in rows.column_names):  # pandas shifts the columns silently
+        raise InputError(f"{name} has rows with more fields than its first line names; quote texts that hold a comma")
     return rows
+
+
+# What datasets raises for names, splits and content; TypeError and the rest come out of pyarrow and pandas.
+READ_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, DatasetGenerationError)
+
+
+def broken_line(path: str) -> str | None:
+    """Number and fault of the first line of a .jsonl file that is no JSON object in UTF-8; None where all are."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+                json.dumps(row, ensure_ascii=False).encode()  # half of an emoji's pair of \u is no text
+            except (ValueError, RecursionError) as error:
+                return f"line {number} is not JSON in UTF-8 ({one_line(error)})"
+            if not isinstance(row, dict):
+                return f"line {number} holds a {type(row).__name__}, not an object with the columns"
+    return None
 
 
 def train_and_eval_rows(data: DataArguments, default: str) -> tuple[Dataset, Dataset | None]:
@@ -77,7 +105,15 @@ def train_and_eval_rows(data: DataArguments, default: str) -> tuple[Dataset, Dat
     name = data.dataset or default
     rows = read_dataset(name, data.dataset_split, data.dataset_data_dir)
     if data.eval_dataset is not None:
-        return rows, read_dataset(data.eval_dataset, data.eval_dataset_split, data.eval_dataset_data_dir)
+        evaluation = read_dataset(data.eval_dataset, data.eval_dataset_split, data.eval_dataset_data_dir)
+        trained_on = {str(prompt) for prompt in map(prompt_reader(rows), rows)}
+        shared = sum(str(prompt) in trained_on for prompt in map(prompt_reader(evaluation), evaluation))
+        if shared:
+            say(
+                f"warning: {shared} of the {len(evaluation)} rows of --eval_dataset have a prompt that is trained on too, "
+                "so their figures say little about new prompts"
+            )
+        return rows, evaluation
     if data.eval_fraction == 0:
         return rows, None
     prompt_of = prompt_reader(rows)
@@ -110,16 +146,18 @@ def sft_reader(rows: Dataset) -> Callable[[Row], list[tuple[Prompt, str]]]:
     """
     columns = rows.column_names
     if "messages" in columns:
-        _check_kind(rows, "messages", text=False)
+        _check_kind(rows, ["messages"], TURNS)
         return lambda row: [_split_messages(row["messages"])]
     if {"question", "chatgpt_answers"} <= set(columns):  # HC3: a list of answers, each an example of its own
+        _check_kind(rows, ["question"], TEXT)
+        _check_kind(rows, ["chatgpt_answers"], TEXTS)
         return lambda row: [(_dialogue(row["question"]), answer) for answer in row["chatgpt_answers"] or []]
     if {"instruction", "output"} <= set(columns):
-        _check_kind(rows, "instruction", "output")
+        _check_kind(rows, ["instruction", "output", *{"input"} & set(columns)], TEXT)
         return lambda row: [(_instruction(row), row["output"])]
     for prompt, response in SFT_COLUMNS:
         if {prompt, response} <= set(columns):
-            _check_kind(rows, prompt, response)
+            _check_kind(rows, [prompt, response], TEXT, TURNS)
             return lambda row: [(_dialogue(row[prompt]), _last_reply(row[response]))]
     if {"chosen", "response_j"} & set(columns):  # SFT on the preferred replies
         pair = preference_reader(rows)
@@ -136,13 +174,14 @@ def preference_reader(rows: Dataset) -> Callable[[Row], tuple[Prompt, str, str]]
     columns = rows.column_names
     for prompt, chosen, rejected in PREFERENCE_COLUMNS:
         if {prompt, chosen, rejected} <= set(columns):
-            _check_kind(rows, prompt, chosen, rejected)
+            _check_kind(rows, [prompt, chosen, rejected], TEXT, TURNS)
             return lambda row: (
                 _dialogue(row[prompt]),
                 _last_reply(row[chosen]),
                 _last_reply(row[rejected]),
             )
     if {"chosen", "rejected"} <= set(columns):
+        _check_dialogues(rows)
         return _split_pair
     raise _unknown_columns(columns, "prompt/chosen/rejected, question/response_j/response_k or chosen/rejected")
 
@@ -153,25 +192,57 @@ def prompt_reader(rows: Dataset) -> Callable[[Row], Prompt]:
     for column in PROMPT_COLUMNS:
         if column not in columns:
             continue
-        _check_kind(rows, column, text=column != "messages")
         if column == "messages":
+            _check_kind(rows, [column], TURNS)
             return lambda row: _without_reply(row["messages"])
         if column == "instruction":
+            _check_kind(rows, ["instruction", *{"input"} & set(columns)], TEXT)
             return _instruction
+        _check_kind(rows, [column], TEXT, TURNS)
         return lambda row: _dialogue(row[column])
     if {"chosen", "rejected"} <= set(columns):
+        _check_dialogues(rows)
         return lambda row: _split_pair(row)[0]
     raise _unknown_columns(columns, ", ".join(PROMPT_COLUMNS) + " or chosen/rejected")
 
 
-def _check_kind(rows: Dataset, *columns: str, text: bool = True) -> None:
-    """Raise InputError when a column holds numbers where text is wanted (a .csv does so), or no turns where they are."""
+def _is_text(kind: Any) -> bool:
+    return isinstance(kind, Value) and kind.dtype in TEXT_TYPES
+
+
+def _are_turns(kind: Any) -> bool:
+    turn = kind.feature if isinstance(kind, (List, LargeList)) else None
+    return isinstance(turn, dict) and _is_text(turn.get("role")) and _is_text(turn.get("content"))
+
+
+def _are_texts(kind: Any) -> bool:
+    return isinstance(kind, (List, LargeList)) and _is_text(kind.feature)
+
+
+KINDS_OF_COLUMNS = {
+    "text": _is_text,
+    "turns with role and content": _are_turns,
+    "a list of texts": _are_texts,
+    "numbers": lambda kind: isinstance(kind, Value) and kind.dtype.startswith(("int", "uint", "float", "null")),
+}
+TEXT, TURNS, TEXTS, NUMBERS = KINDS_OF_COLUMNS
+
+
+def _check_dialogues(rows: Dataset) -> None:
+    """chosen and rejected without a prompt: both hold the whole dialogue, in the same form."""
+    form = TURNS if _are_turns(rows.features["chosen"]) else TEXT
+    _check_kind(rows, ["chosen", "rejected"], form)
+
+
+def _check_kind(rows: Dataset, columns: Sequence[str], *wanted: str) -> None:
+    """Raise InputError when a column holds something else than every stage expects there: a .csv makes 42 a number."""
     for column in columns:
         kind = rows.features[column]
-        if not isinstance(kind, Value) or (text and kind.dtype in ("string", "large_string", "string_view", "null")):
-            continue  # turns will do for a reply too
-        wanted = "text" if text else "turns with role and content"
-        raise InputError(f"the column {column} of the dataset holds {kind.dtype}, wanted {wanted}; convert it")
+        if not any(KINDS_OF_COLUMNS[name](kind) for name in wanted):
+            found = kind.dtype if isinstance(kind, Value) else str(kind)[:100]
+            raise InputError(
+                f"the column {column} of the dataset holds {found}, wanted {' or '.join(wanted)}; convert it"
+            )
 
 
 def _unknown_columns(found: Sequence[str], wanted: str) -> InputError:
@@ -185,26 +256,31 @@ def _instruction(row: Row) -> str:
 
 def _split_messages(messages: list[Message]) -> tuple[Prompt, str]:
     """Dialogue that ends with the assistant's turn -> (the turns before it, its text)."""
-    if not messages or messages[-1]["role"] != "assistant":
+    if not messages or not messages[-1] or messages[-1]["role"] != "assistant":
         return messages, ""  # no reply to learn from: counted as empty
     return messages[:-1], messages[-1]["content"]
 
 
 def _without_reply(messages: list[Message]) -> Prompt:
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    return messages[:-1] if messages and messages[-1] and messages[-1]["role"] == "assistant" else messages
 
 
 def _last_reply(reply: str | list[Message] | None) -> str | None:
-    return reply[-1]["content"] if isinstance(reply, list) and reply else reply
+    if not isinstance(reply, list):
+        return reply
+    return reply[-1]["content"] if reply and reply[-1] else None
 
 
 def _split_pair(row: Row) -> tuple[Prompt, str, str]:
     """Chosen and rejected that each hold the whole dialogue -> (prompt, chosen reply, rejected reply)."""
+    if not row["chosen"] or not row["rejected"]:
+        return "", "", ""  # counted as empty
     if isinstance(row["chosen"], list):
         prompt, chosen = _split_messages(row["chosen"])
         return prompt, chosen, _split_messages(row["rejected"])[1]
-    start, _, chosen = row["chosen"].rpartition(TRANSCRIPT_TURN)
-    return _dialogue(start + TRANSCRIPT_TURN), chosen.strip(), row["rejected"].rpartition(TRANSCRIPT_TURN)[2].strip()
+    start, turn, chosen = row["chosen"].rpartition(TRANSCRIPT_TURN)
+    rejected = row["rejected"].rpartition(TRANSCRIPT_TURN)[2]
+    return _dialogue(start + turn), chosen.strip(), rejected.strip()
 
 
 def _dialogue(prompt: Prompt) -> Prompt:
@@ -235,7 +311,14 @@ def format_prompt(prompt: Prompt, template: str, tokenizer: PreTrainedTokenizerB
     """
     if template == "chat":
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # many want user and assistant in turn, or no system message
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(
+                f"the tokenizer's chat template refuses a dialogue ({roles}): {one_line(error)}; "
+                "correct the data, or give a --prompt_template with {prompt}"
+            ) from error
     if isinstance(prompt, str):
         return template.replace("{prompt}", prompt)
     text = ""
@@ -264,8 +347,24 @@ def encode_prompt(prompt: Prompt, template: str, tokenizer: PreTrainedTokenizerB
 
 
 def encode_reply(reply: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the reply alone, without EOS."""
-    return tokenizer(reply, add_special_tokens=False)["input_ids"]
+    """Token ids of the reply alone, without EOS, also where the text itself ends with it."""
+    ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return ids
+
+
+def is_blank(prompt: Prompt | None) -> bool:
+    """Whether there is nothing to answer: no text, or turns of which one has no role or no text."""
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    return not prompt or not all(turn and turn["role"] and turn["content"] for turn in prompt)
+
+
+def holds_eos(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *replies: str) -> bool:
+    """Whether a text of the data spells EOS out, which the tokenizer reads as the token."""
+    texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    return any(tokenizer.eos_token in text for text in [*texts, *replies])
 
 
 def tokenize_sft(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -279,7 +378,7 @@ def tokenize_sft(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBas
     def encode(row: Row) -> list[Row]:
         examples = []
         for prompt, reply in read(row):
-            if not prompt or not reply or not reply.strip():
+            if is_blank(prompt) or not reply or not reply.strip():
                 examples.append({"status": "empty"})
                 continue
             query = encode_prompt(prompt, template, tokenizer)
@@ -290,10 +389,12 @@ def tokenize_sft(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBas
                 continue
             labels = [-100] * len(query) + response[:room]
             status = "kept" if len(response) <= room else "cut"
-            examples.append({"status": status, "input_ids": query + response[:room], "labels": labels})
+            eos = holds_eos(tokenizer, prompt, reply)
+            ids = {"input_ids": query + response[:room], "labels": labels}
+            examples.append({"status": status, "holds_eos": eos, **ids})
         return examples
 
-    return _map_and_count(rows, encode, ("kept", "cut"), ("input_ids", "labels"), "SFT examples")
+    return _map_and_count(rows, encode, ("kept", "cut"), ("input_ids", "labels"), "SFT examples", tokenizer)
 
 
 def tokenize_preferences(
@@ -309,11 +410,16 @@ def tokenize_preferences(
     Raises InputError when nothing is left.
     """
     read = preference_reader(rows)
+    if "margin" in rows.column_names:
+        _check_kind(rows, ["margin"], NUMBERS)
 
     def encode(row: Row) -> list[Row]:
         prompt, chosen, rejected = read(row)
-        if not prompt or not chosen or not chosen.strip() or rejected is None:
+        if is_blank(prompt) or not chosen or not chosen.strip() or rejected is None:
             return [{"status": "empty"}]
+        margin = float(row.get("margin") or 0.0)
+        if not math.isfinite(margin):
+            return [{"status": "margin is no number"}]
         if chosen == rejected:
             return [{"status": "chosen equals rejected"}]
         query = encode_prompt(prompt, template, tokenizer)
@@ -330,11 +436,12 @@ def tokenize_preferences(
             status = "cut"
         ids = {name: query + reply for name, reply in zip(("chosen_ids", "rejected_ids"), replies, strict=True)}
         length = len(query) + max(map(len, replies))  # for --train_sampling_strategy group_by_length
-        extra = {"length": length, "margin": float(row.get("margin") or 0.0), "kind": ""}
-        return [{"status": status, "query_length": len(query), **extra, **ids}]
+        extra = {"length": length, "margin": margin, "kind": ""}
+        eos = holds_eos(tokenizer, prompt, chosen, rejected)
+        return [{"status": status, "holds_eos": eos, "query_length": len(query), **extra, **ids}]
 
     columns = ("chosen_ids", "rejected_ids", "query_length", "length", "margin", "kind")
-    return _map_and_count(rows, encode, ("kept", "cut"), columns, "preference pairs")
+    return _map_and_count(rows, encode, ("kept", "cut"), columns, "preference pairs", tokenizer)
 
 
 def tokenize_prompts(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_query: int) -> Dataset:
@@ -344,7 +451,7 @@ def tokenize_prompts(rows: Dataset, template: str, tokenizer: PreTrainedTokenize
 
     def encode(row: Row) -> list[Row]:
         prompt = read(row)
-        if not prompt:
+        if is_blank(prompt):
             return [{"status": "empty"}]
         query = encode_prompt(prompt, template, tokenizer)
         if len(query) > max_query:
@@ -353,28 +460,42 @@ def tokenize_prompts(rows: Dataset, template: str, tokenizer: PreTrainedTokenize
             return [{"status": "repeated"}]
         seen.add(tuple(query))
         text = prompt if isinstance(prompt, str) else format_prompt(prompt, template, tokenizer)
-        return [{"status": "kept", "input_ids": query, "prompt": text}]
+        return [{"status": "kept", "holds_eos": holds_eos(tokenizer, prompt), "input_ids": query, "prompt": text}]
 
-    return _map_and_count(rows, encode, ("kept",), ("input_ids", "prompt"), "prompts")
+    return _map_and_count(rows, encode, ("kept",), ("input_ids", "prompt"), "prompts", tokenizer)
 
 
 def _map_and_count(
-    rows: Dataset, encode: Callable[[Row], list[Row]], keep: tuple[str, ...], columns: tuple[str, ...], what: str
+    rows: Dataset,
+    encode: Callable[[Row], list[Row]],
+    keep: tuple[str, ...],
+    columns: tuple[str, ...],
+    what: str,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Dataset:
-    """Run `encode` over the rows, keep the examples whose status is in `keep`, and print how many went where."""
+    """Run `encode` over the rows, keep the examples whose status is in `keep`, and print how many went where.
+
+    Warns of what is no mistake for sure: examples that are there twice, and EOS spelled out in a text.
+    """
     counts: Counter[str] = Counter()
-
-    def examples() -> Any:
-        for row in tqdm(rows, desc=f"tokenizing {what}", disable=not is_main_process(), mininterval=1):
-            for example in encode(row):
-                counts[example["status"]] += 1
-                if example["status"] in keep:
-                    yield {column: example[column] for column in columns}
-
-    kept = list(examples())
+    kept, seen, with_eos = [], set(), 0
+    for row in tqdm(rows, desc=f"tokenizing {what}", disable=not is_main_process(), mininterval=1):
+        for example in encode(row):
+            counts[example["status"]] += 1
+            if example["status"] in keep:
+                kept.append({column: example[column] for column in columns})
+                seen.add(hash(repr(kept[-1])))
+                with_eos += example["holds_eos"]
     if not kept:
         raise InputError(f"none of {len(rows)} rows is usable: {dict(counts)}; check the data and --max_length")
     say(f"{what}: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+    if len(seen) < len(kept):
+        say(f"warning: {len(kept) - len(seen)} of the {what} are there twice or more, and count as often")
+    if with_eos:
+        say(
+            f"warning: {with_eos} of the {what} hold {tokenizer.eos_token} as text, which is read as the end of a reply; "
+            "at the end of a reply it does no harm, elsewhere remove it"
+        )
     return Dataset.from_list(kept)
 
 

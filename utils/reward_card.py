@@ -5,6 +5,7 @@ scores float [N, 2] and reply lengths int [N, 2] in tokens, chosen first.
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -125,8 +126,10 @@ def read_card(folder: str) -> dict[str, Any] | None:
     try:
         with open(path, encoding="utf-8") as file:
             card = json.load(file)
-        card["score_mean"] + card["score_std"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(math.isfinite(card[name]) for name in ("score_mean", "score_std")) or card["score_std"] < 0:
+            raise ValueError(f"score_mean {card['score_mean']}, score_std {card['score_std']}")
+        in_short(card.get("failed", []))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is no reward card ({error!r}); train the reward model again") from error
     return card
 

@@ -7,6 +7,7 @@ one between the distributions that really acted, and cannot be driven negative.
 Shapes: B replies, L tokens of prompt + reply, T reply tokens, V vocabulary, N real reply tokens of all rows in one list.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ class Sampling:
     begin_suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.repetition_penalty <= 0 or self.max_new_tokens < 1:
+        numbers = (self.temperature, self.repetition_penalty, self.max_new_tokens)
+        if not all(0 < number < math.inf for number in numbers):
             raise InputError(
                 f"--temperature {self.temperature}, --repetition_penalty {self.repetition_penalty} and "
                 f"--output_max_length {self.max_new_tokens} have to be above 0"
