@@ -794,9 +794,7 @@ def test_held_out_prompts_that_are_trained_on_are_said(tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [{**PAIR, "prompt": text} for text in "abcd"])
     held_out = write_rows(tmp_path / "held_out.jsonl", [{**PAIR, "prompt": text} for text in "cdef"])
     train_and_eval_rows(DataArguments(dataset=rows, eval_dataset=held_out), "nothing")
-    assert capsys.readouterr().err.startswith(
-        "warning: 2 of the 4 rows of --eval_dataset have a prompt that is trained on"
-    )
+    assert "warning: 2 of the 4 rows of --eval_dataset have a prompt that is trained on" in capsys.readouterr().err
     train_and_eval_rows(DataArguments(dataset=rows, eval_fraction=0.5), "nothing")
     assert "warning" not in capsys.readouterr().err
 
