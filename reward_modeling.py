@@ -14,6 +14,7 @@ the mean and the standard deviation of the scores from it, and refuses a model t
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,12 +22,15 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from utils.adapters import (
+    SCORE_KEY,
     SavedAdapter,
     check_adapter,
     ensemble_score,
@@ -37,6 +41,7 @@ from utils.adapters import (
     member_scores,
     new_reward_model,
     read_adapter,
+    saved_key,
 )
 from utils.answers import answer, answer_sampling
 from utils.arguments import (
@@ -70,6 +75,7 @@ from utils.reward_card import (
     verdict,
     write_card,
 )
+from utils.sharding import is_sharded, whole_parameters
 from utils.statistics import wilson_interval
 
 SMALLEST_PART = 8  # rows that go through the model together, whatever their lengths
@@ -321,6 +327,23 @@ def check_saved_adapter(model: PeftModel, folder: str, batch: dict[str, Tensor],
     return difference
 
 
+def check_saved_tensors(whole: dict[str, Tensor], folder: str, members: list[str]) -> float:
+    """As `check_saved_adapter` for a model that is spread over processes, where one alone cannot score: compares tensors.
+
+    whole: the adapters' parameters by name, see utils/sharding.py.
+    """
+    difference = 0.0
+    for member, path in zip(members, member_folders(folder), strict=True):
+        saved = load_file(os.path.join(path, SAFETENSORS_WEIGHTS_NAME))
+        ours = {saved_key(name, member): value for name, value in whole.items() if f".{member}." in name}
+        if SCORE_KEY not in saved or saved.keys() != ours.keys():
+            raise RuntimeError(f"the adapter in {path} was not saved whole: {sorted(saved.keys() ^ ours.keys())[:3]}")
+        difference = max(difference, *(float((ours[key] - saved[key]).abs().max()) for key in ours))
+    if difference > 1e-6:
+        raise RuntimeError(f"the adapter in {folder} differs from the one it was saved from by {difference}")
+    return difference
+
+
 def add_broken_pairs(
     dataset: Dataset,
     rows: Dataset,
@@ -458,13 +481,19 @@ def main() -> None:
         size = training_args.per_device_eval_batch_size
         sft_sequences = sample_sft_replies(unwrapped, sft, queries, data_args, tokenizer, size)
     probed, scores = probe(trainer, probes, sft_sequences)
+    sharded = is_sharded(unwrapped)
+    whole = (
+        whole_parameters(unwrapped, lambda name: any(f".{member}." in name for member in members)) if sharded else {}
+    )
     if trainer.is_world_process_zero():
-        sample = trainer.collate([eval_dataset[i] for i in range(min(8, len(eval_dataset)))])
+        folder, sample = training_args.output_dir, trainer.collate(list(eval_dataset.take(min(8, len(eval_dataset)))))
         card = {
             **pair_measures(prediction.predictions, prediction.label_ids, reply_lengths(ordinary)),
             "loss": prediction.metrics["eval_loss"],
             **probed,
-            "reload_difference": check_saved_adapter(unwrapped, training_args.output_dir, sample, members),
+            "reload_difference": check_saved_tensors(whole, folder, members)
+            if sharded
+            else check_saved_adapter(unwrapped, folder, sample, members),
             "ensemble_size": training_args.ensemble_size,
             "ensemble_penalty": training_args.ensemble_penalty,
         }

@@ -91,6 +91,7 @@ from utils.rollout import (
     split_by_length,
     value_job,
 )
+from utils.sharding import whole_parameters
 
 STATE_FILE = "ppo_state.json"
 # What a layer costs in a forward and backward pass before its first token, in floating-point operations: the time that
@@ -300,10 +301,10 @@ class PPOTrainer(Trainer):
         self.same_arithmetic = base.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
         # Sharded weights are collected for each pass, so every process has to make the same number of them.
         self.splits = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        layers = base.config.get_text_config().num_hidden_layers
-        layer_size = sum(parameter.numel() for parameter in base.base_model.parameters()) / layers
-        self.pass_overhead = PASS_OVERHEAD[self.args.device.type] / (4 * layer_size)
-        self.record = record or {}
+        if self.splits:
+            layers = base.config.get_text_config().num_hidden_layers
+            layer_size = sum(parameter.numel() for parameter in base.base_model.parameters()) / layers
+            self.pass_overhead = PASS_OVERHEAD[self.args.device.type] / (4 * layer_size)
 
     # ---- One iteration ----
 
@@ -644,9 +645,10 @@ class PPOTrainer(Trainer):
 
     def save_best(self) -> None:
         """Write the policy as it is to best/, which is never half written."""
+        state = self.trained_state()
         if self.is_world_process_zero():
             folder = os.path.join(self.args.output_dir, BEST)
-            self._save(folder + ".new")
+            self._save(folder + ".new", state)
             write_json({**self.record, "best": self.guard.best}, folder + ".new", "run.json")
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(folder + ".new", folder)
@@ -702,14 +704,28 @@ class PPOTrainer(Trainer):
 
     # ---- Saving ----
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def trained_state(self) -> dict[str, Tensor]:
+        """Policy, critic and value head as whole tensors on the CPU.  Every process has to call it."""
+        parts = (f".{POLICY}.", f".{CRITIC}.", ".v_head.")
+        model = self.accelerator.unwrap_model(self.model)
+        return whole_parameters(model, lambda name: any(part in name for part in parts))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Gather what is trained from all processes, and let the first one write it."""
+        state = self.trained_state()
+        if self.args.should_save:
+            self._save(output_dir, state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None, state_dict: dict[str, Tensor]) -> None:
         """The policy adapter, the value head, the tokenizer and what PPO itself has to remember."""
         folder = output_dir or self.args.output_dir
         os.makedirs(folder, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
         adapters = [POLICY, CRITIC] if self.has_critic else [POLICY]
+        model = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(folder, state_dict=state_dict, selected_adapters=adapters)
-        save_value_head(state_dict or model.state_dict(), folder)
+        save_value_head(state_dict, folder)
         self.processing_class.save_pretrained(folder)
         write_json({"kl_coef": self.kl_coef, "guard": self.guard.state()}, folder, STATE_FILE)
 

@@ -37,6 +37,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 
 from utils.arguments import InputError, LoraArguments, ModelArguments, one_line, say
+from utils.sharding import fill_parameters, is_sharded
 
 POLICY, REFERENCE, REWARD = "default", "reference", "reward"  # PEFT saves "default" at the root of a folder
 CRITIC = "critic"  # and others in a folder of their name
@@ -469,10 +470,26 @@ def load_weights(model: PeftModel, folder: str, name: str) -> None:
     """Fill the adapter `name`, which exists already, from a folder.  Raises InputError when it does not fit."""
     try:
         tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        if is_sharded(model):
+            _fill_adapter(model, tensors, name)
+            return
         result = set_peft_model_state_dict(model, tensors, adapter_name=name)
     except (*BROKEN_MODEL, OSError) as error:
         raise InputError(f"the adapter {folder} does not fit this base: {one_line(error)}") from error
     _check_loaded(model, result, folder, name)
+
+
+def saved_key(parameter: str, name: str) -> str:
+    """What PEFT calls a parameter of the adapter `name` in a file."""
+    return parameter.replace(f".modules_to_save.{name}.", ".").replace(f".{name}.", ".")
+
+
+def _fill_adapter(model: PeftModel, tensors: dict[str, Tensor], name: str) -> None:
+    """As set_peft_model_state_dict, for a model that is spread over processes.  Raises KeyError for other names."""
+    parameters = {saved_key(key, name): key for key, _ in model.named_parameters() if f".{name}." in key}
+    if parameters.keys() != tensors.keys():
+        raise KeyError(f"{sorted(parameters.keys() ^ tensors.keys())[0]} is not in both the model and the file")
+    fill_parameters(model, {parameters[key]: value for key, value in tensors.items()})
 
 
 def _check_loaded(model: PeftModel, result: Any, path: str, name: str) -> None:
@@ -576,6 +593,9 @@ def load_value_head(base: PreTrainedModel, folder: str) -> None:
     if not os.path.isfile(path):
         raise InputError(f"there is no {VALUE_HEAD_FILE} in {folder}; give a folder that rl_training.py wrote")
     try:
-        base.v_head.load_state_dict(load_file(path))
+        if is_sharded(base.v_head):
+            fill_parameters(base.v_head, load_file(path))
+        else:
+            base.v_head.load_state_dict(load_file(path))
     except BROKEN_MODEL as error:
         raise InputError(f"the value head {path} cannot be used: {one_line(error)}; is the file complete?") from error

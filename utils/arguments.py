@@ -260,8 +260,8 @@ def check_reporting(training_args: TrainingArguments) -> None:
                 wandb.login(verify=True)
         except wandb.Error as error:
             raise InputError(
-                f"wandb cannot be used: {one_line(error).rstrip('.')}; log in with `wandb login`, or set WANDB_MODE=offline, or leave "
-                "it out of --report_to and --log_with"
+                f"wandb cannot be used: {one_line(error).rstrip('.')}; log in with `wandb login`, or set "
+                "WANDB_MODE=offline, or leave it out of --report_to and --log_with"
             ) from error
 
 

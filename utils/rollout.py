@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from utils.adapters import Job
 from utils.arguments import InputError
 from utils.data import pad_right
+from utils.sharding import is_sharded
 
 # Logits held at once, in numbers.  On a CPU 16 MiB of float32: they stay in its cache, and larger blocks would be fetched
 # from the operating system and given back each time.  A GPU needs some hundred rows to be busy.
@@ -169,6 +170,13 @@ def uniform_streams(seeds: Sequence[int], length: int) -> Tensor:
     return torch.stack(streams)
 
 
+def everyone_done(done: bool, device: torch.device) -> bool:
+    """Whether `done` is true in every process.  Each of them has to ask."""
+    open_processes = torch.tensor(float(not done), device=device)
+    torch.distributed.all_reduce(open_processes)
+    return not open_processes
+
+
 class Replies(NamedTuple):
     """Sampled replies, each up to and with EOS, or `max_new_tokens` long without one."""
 
@@ -216,20 +224,25 @@ def draw_replies(
     logprobs, entropy, values = (torch.zeros(count, longest, device=device) for _ in range(3))
     lengths = torch.zeros(count, dtype=torch.int64, device=device)
     rows = torch.arange(count, device=device)  # the replies that go on
+    sharded, done = is_sharded(model), False
     if streamer is not None:
         streamer.put(ids.cpu())
     for step in range(longest):
         job = draw_job(uniforms[rows, step], seen, step == 0, sampling, with_values)
         drawn = model(input_ids=ids, attention_mask=mask, past_key_values=cache, job=job)
-        tokens[rows, step], logprobs[rows, step], entropy[rows, step] = drawn.tokens, drawn.logprobs, drawn.entropy
-        if with_values:
-            values[rows, step] = drawn.values
-        lengths[rows] += 1
-        if streamer is not None:
-            streamer.put(drawn.tokens.cpu())
+        if not done:
+            tokens[rows, step], logprobs[rows, step], entropy[rows, step] = drawn.tokens, drawn.logprobs, drawn.entropy
+            if with_values:
+                values[rows, step] = drawn.values
+            lengths[rows] += 1
+            if streamer is not None:
+                streamer.put(drawn.tokens.cpu())
         on = (drawn.tokens != sampling.eos_token_id).nonzero().squeeze(1)
-        if len(on) == 0:
+        done = done or len(on) == 0
+        if everyone_done(done, device) if sharded else done:
             break
+        if done:  # a row whose tokens nobody reads, since the forward pass of the others needs this process
+            on = torch.zeros(1, dtype=torch.int64, device=device)
         ids, mask = drawn.tokens[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         if seen is not None:
             seen = seen.scatter(1, ids, True)

@@ -1,0 +1,62 @@
+"""Models whose parameters are spread over processes (FSDP2, DeepSpeed ZeRO-3): whole tensors out of them, and back in.
+
+On a model that lies whole in every process the functions do what their names say, and nothing else.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of the parameters only, so that a forward pass needs all processes."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _gathered(parameter: nn.Parameter, writer: int | None = None) -> contextlib.AbstractContextManager[Any]:
+    """ZeRO-3: the whole parameter in every process inside the block; with `writer` that process's change is kept."""
+    if not hasattr(parameter, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed  # installed where such parameters come from
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=writer)
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 leaves some layers whole after a forward pass.  One process that saves alone would shard them again, alone."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def whole_parameters(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Copies of the wanted parameters on the CPU, by name.  Every process has to call it, and gets all of them."""
+    _reshard(model)
+    whole = {}
+    for name, parameter in model.named_parameters():
+        if wanted(name):
+            with _gathered(parameter):
+                full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+                whole[name] = full.detach().to("cpu", copy=True)
+    return whole
+
+
+@torch.no_grad()
+def fill_parameters(model: nn.Module, whole: dict[str, Tensor]) -> None:
+    """Give the parameters named in `whole` these values.  Every process has to call it, with the same tensors."""
+    _reshard(model)
+    for name, parameter in model.named_parameters():
+        if name not in whole:
+            continue
+        value = whole[name].to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+        else:
+            with _gathered(parameter, writer=0):
+                parameter.copy_(value)
