@@ -1,6 +1,7 @@
 """Rule 8 of DESIGN.md: one process with gradient accumulation and two processes without give the same numbers.
 
-The processes are real: torchrun starts two of the script, which talk through gloo on the CPU.
+The processes are real: torchrun starts two of the script, which talk through gloo on the CPU.  With FSDP2 each of them holds
+a part of the parameters only (tests/sharded.py); tests/stress/sharded.py does the same with DeepSpeed.
 """
 
 import json
@@ -17,6 +18,7 @@ import rl_training
 import sft_training
 from tests.conftest import write_rows
 from tests.helpers import PROMPTS, Stages, make_stages, run_main, save_lively_base
+from tests.sharded import launcher_environment
 from utils.report import read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -42,9 +44,10 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     return make_stages(save_lively_base(folder / "base"), folder)
 
 
-def torchrun(*words: str) -> subprocess.CompletedProcess:
-    """Two processes on the CPU, started at the root of the repository."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def torchrun(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    """Two processes, started at the root of the repository; on the CPU as far as accelerate knows."""
+    environment = {"ACCELERATE_USE_CPU": "true", **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
     result = subprocess.run(
         command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -58,12 +61,9 @@ def changed(arguments: list[str], **values: object) -> list[str]:
     return [*arguments, *(word for name, value in values.items() for word in (f"--{name}", str(value)))]
 
 
-@pytest.fixture(scope="module")
-def commands(stages: Stages, data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What is the same in both kinds of run, by name of the run."""
-    prompts = write_rows(
-        tmp_path_factory.mktemp("prompts") / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS]
-    )
+def make_commands(stages: Stages, data: dict[str, str], folder: Path) -> dict[str, list[str]]:
+    """What is the same in all kinds of run, by name of the run."""
+    prompts = write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     ppo = [
         *("--model_name_or_path", stages.base, "--sft_model_lora_path", stages.sft, "--max_length", "64"),
         *("--reward_model_lora_path", stages.reward, "--dataset", prompts, "--eval_dataset", prompts),
@@ -74,15 +74,20 @@ def commands(stages: Stages, data: dict[str, str], tmp_path_factory: pytest.Temp
     ]
     tune = ["--model_name_or_path", stages.base, "--max_length", "64", "--lora_dropout", "0", "--logging_steps", "1"]
     tune += ["--learning_rate", "0.001", "--max_steps", "3"]
+    reward = [*tune, "--dataset", data["preferences"], "--eval_dataset", data["preferences"]]
+    sft = [*tune, "--dataset", data["sft"], "--eval_dataset", data["sft"]]
     return {
         "accumulation": ppo,
         "several steps": ppo,
         "critic": [*ppo, "--critic", "adapter"],
         "reward": [
-            *(*tune, "--dataset", data["preferences"], "--eval_dataset", data["preferences"]),
-            *("--dataloader_drop_last", "true"),  # accelerate would fill a short batch of two processes with copies
-        ],
-        "sft": [*tune, "--dataset", data["sft"], "--eval_dataset", data["sft"]],
+            *reward,
+            "--dataloader_drop_last",
+            "true",
+        ],  # accelerate fills a short batch of two processes with copies
+        "sft": sft,
+        "uneven reward": [*reward, "--max_steps", "5"],
+        "uneven sft": [*sft, "--max_steps", "6"],
     }
 
 
@@ -92,45 +97,66 @@ SCRIPTS = {
     "critic": rl_training,
     "reward": reward_modeling,
     "sft": sft_training,
+    "uneven reward": reward_modeling,
+    "uneven sft": sft_training,
 }
-ALONE = {  # what the arguments of one process have to be
+ALONE = {  # what the arguments of one process have to be; the uneven ones are not compared
     "accumulation": {"batch_size": 8, "mini_batch_size": 4, "gradient_accumulation_steps": 2},
     "several steps": {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2},
     "critic": {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2},
     "reward": {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 8},
-    "sft": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+    "sft": {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4},
 }
 EACH_OF_TWO = {
     "accumulation": {"batch_size": 4, "mini_batch_size": 4, "gradient_accumulation_steps": 1},
     "several steps": {"batch_size": 4, "mini_batch_size": 2, "gradient_accumulation_steps": 1},
     "critic": {"batch_size": 4, "mini_batch_size": 2, "gradient_accumulation_steps": 1},
     "reward": {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4},  # 16 rows, in two parts
-    "sft": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
+    "sft": {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2},
+    # 30 pairs with the broken ones in steps of 14, 12 examples in steps of 10: each epoch ends with a shorter batch
+    "uneven reward": {"per_device_train_batch_size": 7, "per_device_eval_batch_size": 5},
+    "uneven sft": {"per_device_train_batch_size": 5, "per_device_eval_batch_size": 5},
 }
+SHARDED = ("critic", "reward", "sft")
+
+
+def run_alone(name: str, arguments: list[str], folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_main(SCRIPTS[name], changed(arguments, **ALONE[name], output_dir=folder), monkeypatch)
+
+
+def command_of_two(name: str, arguments: list[str], folder: Path) -> list[str]:
+    values = {**EACH_OF_TWO[name], "output_dir": folder, "disable_tqdm": "true"}
+    return [f"{SCRIPTS[name].__name__}.py", *changed(arguments, **values)]
+
+
+def run_sharded(config: str, commands: dict[str, list[str]], root: Path) -> None:
+    """Run these in two processes that share the parameters as configs/accelerate/CONFIG.yaml says, into root/NAME CONFIG."""
+    jobs = root / f"{config}.json"
+    words = [command_of_two(name, command, root / f"{name} {config}") for name, command in commands.items()]
+    jobs.write_text(json.dumps(words), encoding="utf-8")
+    torchrun("tests/sharded.py", str(jobs), **launcher_environment(config), ACCELERATE_USE_CPU="false")
 
 
 @pytest.fixture(scope="module")
-def outputs(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """Folders of each run: by one process, by two."""
+def outputs(stages: Stages, data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the outputs of all runs, each named "NAME alone", "NAME two" or "NAME fsdp2"."""
     root = tmp_path_factory.mktemp("runs")
-    folders = {name: (root / f"{name} alone", root / f"{name} two") for name in commands}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, (alone, _) in folders.items():
-            arguments = changed(commands[name], **ALONE[name], output_dir=alone)
-            run_main(SCRIPTS[name], arguments, monkeypatch)
-
-    def of_two(name: str) -> list[str]:
-        values = {**EACH_OF_TWO[name], "output_dir": folders[name][1], "disable_tqdm": "true"}
-        return [f"{SCRIPTS[name].__name__}.py", *changed(commands[name], **values)]
-
-    torchrun(*of_two("accumulation"))  # the command line that a user would write
+    commands = make_commands(stages, data, root)
+    for name in ALONE:
+        run_alone(name, commands[name], root / f"{name} alone")
+    torchrun(
+        *command_of_two("accumulation", commands["accumulation"], root / "accumulation two")
+    )  # as a user writes it
     jobs, runner = root / "jobs.json", root / "runner.py"
-    jobs.write_text(
-        json.dumps([of_two(name) for name in ("several steps", "critic", "reward", "sft")]), encoding="utf-8"
-    )
+    together = [
+        command_of_two(name, commands[name], root / f"{name} two") for name in SCRIPTS if name != "accumulation"
+    ]
+    jobs.write_text(json.dumps(together), encoding="utf-8")
     runner.write_text(RUNNER, encoding="utf-8")
     torchrun(str(runner), str(jobs))
-    return folders
+    run_sharded("fsdp2", {name: commands[name] for name in SHARDED}, root)
+    return root
 
 
 def rows_of(folder: Path, key: str) -> list[dict]:
@@ -152,17 +178,24 @@ def assert_same_weights(one: Path, other: Path, file: str) -> None:
         assert (value - second[name]).abs().max() < 1e-4, name
 
 
-@pytest.mark.parametrize("name", ["accumulation", "several steps", "critic"])
-def test_ppo_gives_the_same_numbers_in_one_process_and_in_two(outputs: dict[str, tuple[Path, Path]], name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("accumulation", "two"), ("several steps", "two"), ("critic", "two"), ("critic", "fsdp2")]
+)
+def test_ppo_gives_the_same_numbers_in_one_process_and_in_two(outputs: Path, name: str, kind: str) -> None:
     """Whitening, token means, seeds and the order of rows a process instead of a run have all been seen in the field.
 
     8 replies an iteration out of 12 prompts, so each epoch of prompts leaves some over, and they have to be the same.
     accumulation: one optimizer step an epoch of 4 + 4 rows.  several steps: two of 2 + 2.
+    fsdp2: what one process saved was its own part of each tensor, and only that process knew, so that the next forward pass
+    of the two did not fit together.
     """
-    alone, two = outputs[name]
+    check_ppo(outputs / f"{name} {kind}", outputs / f"{name} alone", optimizer_steps=2 if name == "accumulation" else 4)
+
+
+def check_ppo(two: Path, alone: Path, optimizer_steps: int) -> None:
     wanted = rows_of(alone, "score_mean")
     assert [row["iteration"] for row in wanted] == [1, 2, 3]
-    assert [row["optimizer_steps"] for row in wanted] == [2 if name == "accumulation" else 4] * 3
+    assert [row["optimizer_steps"] for row in wanted] == [optimizer_steps] * 3
     clocks = {"seconds", "tokens_per_second"}
     assert_close(rows_of(two, "score_mean"), wanted, clocks | {"ratio_first"})
     assert all(abs(row["ratio_first"] - 1) < 1e-5 for row in rows_of(two, "score_mean"))
@@ -172,22 +205,33 @@ def test_ppo_gives_the_same_numbers_in_one_process_and_in_two(outputs: dict[str,
     ]
     assert replies[0] == replies[1]
     assert len(replies[0]) == 3 * 8
-    for folder in ("", "checkpoint-3"):
-        assert_same_weights(two / folder, alone / folder, "adapter_model.safetensors")
-        assert_same_weights(two / folder, alone / folder, "value_head.safetensors")
+    files = [path.relative_to(alone) for path in alone.rglob("*.safetensors")]
+    assert {str(file.parent) for file in files} >= {".", "checkpoint-3", "best"}
+    for file in files:  # adapter, value head and critic, at the end and in between
+        assert_same_weights(two, alone, str(file))
 
 
-def test_there_were_two_processes(outputs: dict[str, tuple[Path, Path]]) -> None:
+def test_there_were_two_processes(outputs: Path) -> None:
     """`accelerate launch --cpu --num_processes 2` runs one process without a word: then all of this shows nothing."""
-    for name in ("several steps", "reward", "sft"):
-        assert [(outputs[name][1] / f"world_{rank}.txt").read_text() for rank in (0, 1)] == ["2", "2"]
+    for name in ("several steps", "critic", "reward", "sft"):
+        assert [(outputs / f"{name} two" / f"world_{rank}.txt").read_text() for rank in (0, 1)] == ["2", "2"]
     # started as a user would: the Trainer's state of each process
-    assert (outputs["accumulation"][1] / "checkpoint-3" / "rng_state_1.pth").is_file()
+    assert (outputs / "accumulation two" / "checkpoint-3" / "rng_state_1.pth").is_file()
 
 
-def test_the_reward_model_is_the_same_from_one_process_and_from_two(outputs: dict[str, tuple[Path, Path]]) -> None:
+def test_the_parameters_were_shared(outputs: Path) -> None:
+    """accelerate ignores FSDP on the CPU without a word: then all of this shows nothing."""
+    for name in SHARDED:
+        assert [(outputs / f"{name} fsdp2" / f"ran_{rank}.txt").read_text() for rank in (0, 1)] == ["FSDP 2", "FSDP 2"]
+
+
+@pytest.mark.parametrize("kind", ["two", "fsdp2"])
+def test_the_reward_model_is_the_same_from_one_process_and_from_two(outputs: Path, kind: str) -> None:
     """Evaluation gathers scores of both processes; check_saved_adapter() runs on one while the other must not hang."""
-    alone, two = outputs["reward"]
+    check_reward(outputs / f"reward {kind}", outputs / "reward alone")
+
+
+def check_reward(two: Path, alone: Path) -> None:
     assert_close(rows_of(two, "loss"), rows_of(alone, "loss"), set())
     assert_same_weights(two, alone, "adapter_model.safetensors")
     cards = [json.loads((folder / "reward_card.json").read_text(encoding="utf-8")) for folder in (two, alone)]
@@ -196,10 +240,23 @@ def test_the_reward_model_is_the_same_from_one_process_and_from_two(outputs: dic
     assert cards[0]["eval_pairs"] == cards[1]["eval_pairs"]
 
 
-def test_the_sft_adapter_is_the_same_from_one_process_and_from_two(outputs: dict[str, tuple[Path, Path]]) -> None:
+@pytest.mark.parametrize("kind", ["two", "fsdp2"])
+def test_the_sft_adapter_is_the_same_from_one_process_and_from_two(outputs: Path, kind: str) -> None:
     """TRL's loss is a mean over the tokens of the whole step, whoever computed them."""
-    alone, two = outputs["sft"]
-    assert [row["loss"] for row in rows_of(two, "loss")] == pytest.approx(
-        [row["loss"] for row in rows_of(alone, "loss")], rel=1e-4
-    )
+    check_sft(outputs / f"sft {kind}", outputs / "sft alone")
+
+
+def check_sft(two: Path, alone: Path) -> None:
+    for key in ("loss", "eval_loss"):
+        found, wanted = ([row[key] for row in rows_of(folder, key)] for folder in (two, alone))
+        assert len(wanted) == (3 if key == "loss" else 1)
+        assert found == pytest.approx(wanted, rel=1e-5 if key == "loss" else 1e-2)  # eval: a mean of means over batches
     assert_same_weights(two, alone, "adapter_model.safetensors")
+
+
+def test_uneven_batches_do_not_hang(outputs: Path) -> None:
+    """Processes that get different numbers of rows wait for each other for ever, unless somebody fills the rest."""
+    assert len(rows_of(outputs / "uneven reward two", "loss")) == 5
+    assert len(rows_of(outputs / "uneven sft two", "loss")) == 6
+    card = json.loads((outputs / "uneven reward two" / "reward_card.json").read_text(encoding="utf-8"))
+    assert card["eval_pairs"] == 24  # and no copy is counted
