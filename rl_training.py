@@ -305,6 +305,7 @@ class PPOTrainer(Trainer):
             layers = base.config.get_text_config().num_hidden_layers
             layer_size = sum(parameter.numel() for parameter in base.base_model.parameters()) / layers
             self.pass_overhead = PASS_OVERHEAD[self.args.device.type] / (4 * layer_size)
+        self.record = record or {}
 
     # ---- One iteration ----
 
