@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from utils.adapters import (
     SCORE_KEY,
@@ -57,11 +57,11 @@ from utils.arguments import (
     default_autocast,
     is_main_process,
     parse_arguments,
-    resume_path,
     run_script,
     say,
     set_up_ddp,
 )
+from utils.checkpoints import resume_path
 from utils.data import check_template, pad_right, tokenize_preferences, train_and_eval_rows
 from utils.degenerate import KINDS, TRAIN_WEIGHT, broken_pairs
 from utils.launch import relaunch_on_all_gpus
@@ -77,6 +77,7 @@ from utils.reward_card import (
 )
 from utils.sharding import is_sharded, whole_parameters
 from utils.statistics import wilson_interval
+from utils.steady import SteadyArguments, SteadyTrainer
 
 SMALLEST_PART = 8  # rows that go through the model together, whatever their lengths
 
@@ -143,7 +144,7 @@ def split_kinds(argument: str, names: str) -> tuple[str, ...]:
 
 
 @dataclass
-class RewardArguments(TrainingArguments):
+class RewardArguments(SteadyArguments, TrainingArguments):
     """The Trainer's arguments with this toolkit's defaults."""
 
     output_dir: str | None = field(default="output/reward", metadata={"help": "Folder for everything that is written."})
@@ -222,7 +223,7 @@ def measure_scores(prediction: EvalPrediction) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class RewardTrainer(Trainer):
+class RewardTrainer(SteadyTrainer):
     """Trainer for pairs: chosen and rejected go through the model in one batch, chosen first."""
 
     def __init__(self, *args: Any, members: list[str], **kwargs: Any) -> None:
@@ -422,7 +423,7 @@ def main() -> None:
     )
     relaunch_on_all_gpus()
     check_output_dir(training_args)
-    checkpoint = resume_path(training_args)
+    checkpoint = resume_path(training_args, "reward")
     dtype = choose_precision(model_args, training_args)
     check_reporting(training_args)
     training_args.remove_unused_columns = False

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from utils import ppo
@@ -69,11 +69,11 @@ from utils.arguments import (
     choose_precision,
     default_autocast,
     parse_arguments,
-    resume_path,
     run_script,
     say,
     set_up_ddp,
 )
+from utils.checkpoints import resume_path, saving
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
 from utils.degenerate import find_broken
 from utils.guard import Guard, Limits, floor_scores, measure_replies
@@ -92,6 +92,7 @@ from utils.rollout import (
     value_job,
 )
 from utils.sharding import whole_parameters
+from utils.steady import SteadyArguments, SteadyTrainer
 
 STATE_FILE = "ppo_state.json"
 # What a layer costs in a forward and backward pass before its first token, in floating-point operations: the time that
@@ -108,7 +109,7 @@ TRAINER_NAMES = {  # arguments of the Trainer that PPO has under other names
 
 
 @dataclass
-class PPOArguments(TrainingArguments):
+class PPOArguments(SteadyArguments, TrainingArguments):
     """PPO's own arguments and every argument of the Trainer.  Sizes are per process, as everywhere in the Trainer."""
 
     output_dir: str | None = field(default="output/ppo", metadata={"help": "Folder for everything that is written."})
@@ -275,8 +276,10 @@ class ScoreStatistics(NamedTuple):
     std: float = 1.0
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(SteadyTrainer):
     """One frozen base, adapters as policy, reference and reward; `training_step` is one PPO iteration."""
+
+    step_name = "iteration"
 
     def __init__(
         self,
@@ -649,10 +652,11 @@ class PPOTrainer(Trainer):
         state = self.trained_state()
         if self.is_world_process_zero():
             folder = os.path.join(self.args.output_dir, BEST)
-            self._save(folder + ".new", state)
-            write_json({**self.record, "best": self.guard.best}, folder + ".new", "run.json")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(folder + ".new", folder)
+            with saving(folder):
+                self._save(folder + ".new", state)
+                write_json({**self.record, "best": self.guard.best}, folder + ".new", "run.json")
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(folder + ".new", folder)
 
     def roll_back(self) -> None:
         """Put the policy of best/ in the place of the collapsed one, and end the training."""
@@ -721,6 +725,8 @@ class PPOTrainer(Trainer):
 
     def _save(self, output_dir: str | None, state_dict: dict[str, Tensor]) -> None:
         """The policy adapter, the value head, the tokenizer and what PPO itself has to remember."""
+        if not self.args.should_save:
+            return
         folder = output_dir or self.args.output_dir
         os.makedirs(folder, exist_ok=True)
         adapters = [POLICY, CRITIC] if self.has_critic else [POLICY]
@@ -745,6 +751,19 @@ class PPOTrainer(Trainer):
             state = json.load(file)
         self.kl_coef = state["kl_coef"]
         self.guard.restore(state["guard"])
+        if self.is_world_process_zero():  # a later one is of iterations that are now done again
+            best = os.path.join(self.args.output_dir, BEST)
+            shutil.rmtree(best, ignore_errors=True)
+            if self.guard.best is not None:
+                shutil.copytree(os.path.join(resume_from_checkpoint, BEST), best)
+
+    def add_to_checkpoint(self, folder: str) -> None:
+        super().add_to_checkpoint(folder)
+        if self.guard.best is not None:
+            shutil.copytree(os.path.join(self.args.output_dir, BEST), os.path.join(folder, BEST))
+
+    def is_finished(self) -> bool:
+        return super().is_finished() or (self.args.guard == "stop" and self.guard.verdict is not None)
 
 
 def _seed(*parts: int) -> int:
@@ -821,7 +840,7 @@ def main() -> None:
     )
     relaunch_on_all_gpus()
     check_output_dir(training_args)
-    checkpoint = resume_path(training_args)
+    checkpoint = resume_path(training_args, "ppo")
     dtype = choose_precision(model_args, training_args)
     check_reporting(training_args)
     sft = read_adapter(training_args.sft_model_lora_path, "--sft_model_lora_path")

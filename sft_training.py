@@ -9,6 +9,7 @@ tokenizer, run.json and metrics.jsonl to --output_dir.
 """
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
@@ -24,19 +25,20 @@ from utils.arguments import (
     choose_precision,
     default_autocast,
     parse_arguments,
-    resume_path,
     run_script,
     say,
 )
+from utils.checkpoints import resume_path
 from utils.data import check_template, tokenize_sft, train_and_eval_rows
 from utils.launch import relaunch_on_all_gpus
 from utils.report import RunFiles, run_record
+from utils.steady import SteadyArguments, SteadyTrainer
 
 DEFAULT_DATASET = "Hello-SimpleAI/HC3-Chinese"  # the article's
 
 
 @dataclass
-class SFTArguments(SFTConfig):
+class SFTArguments(SteadyArguments, SFTConfig):
     """TRL's configuration with this toolkit's defaults."""
 
     output_dir: str | None = field(default="output/sft", metadata={"help": "Folder for everything that is written."})
@@ -52,6 +54,18 @@ class SFTArguments(SFTConfig):
         super().__post_init__()
 
 
+class SteadySFTTrainer(SteadyTrainer, SFTTrainer):
+    """TRL's trainer; what it counts between two lines of the log is part of a checkpoint."""
+
+    def loop_state(self) -> dict[str, Any]:
+        return {**super().loop_state(), "metrics": self._metrics["train"], "tokens": self._total_train_tokens}
+
+    def load_loop_state(self, state: dict[str, Any]) -> None:
+        super().load_loop_state(state)
+        self._metrics["train"].update(state["metrics"])
+        self._total_train_tokens = state["tokens"]
+
+
 def main() -> None:
     # ---- Arguments ----
     model_args, data_args, lora_args, training_args = parse_arguments(
@@ -59,7 +73,7 @@ def main() -> None:
     )
     relaunch_on_all_gpus()
     check_output_dir(training_args)
-    checkpoint = resume_path(training_args)
+    checkpoint = resume_path(training_args, "sft")
     dtype = choose_precision(model_args, training_args)
     check_reporting(training_args)
     set_seed(training_args.seed)
@@ -78,7 +92,7 @@ def main() -> None:
     record = run_record("sft", base, model_args, training_args, data=asdict(data_args), lora=asdict(lora_args))
 
     # ---- Training ----
-    trainer = SFTTrainer(
+    trainer = SteadySFTTrainer(
         model=base,
         args=training_args,
         train_dataset=train_dataset,

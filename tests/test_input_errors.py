@@ -547,10 +547,14 @@ CASES = [  # name, script, changes, message (paths and regular expression)
     wrong_value("sft", "prompt_template", "{prompt} {prompt}", r"needs {prompt} in it once, found "),
     wrong_value("reward", "prompt_template", "chat", r"this tokenizer has no chat template; give one with {prompt}"),
     wrong_value("compare", "adapters", "{sft}", r"is not NAME=FOLDER; write for example SFT=output/sft"),
-    wrong_value("sft", "resume_from_checkpoint", "true", r"there is no (whole )?checkpoint in out"),
-    wrong_value(
-        "sft", "resume_from_checkpoint", "no/such", r"there is no (checkpoint folder no/such|whole checkpoint)"
+    wrong_value("sft", "resume_from_checkpoint", "{cut}", r"the checkpoint {cut} is not whole: there is no"),
+    (
+        "resume in a folder of something else",
+        "sft",
+        {"resume_from_checkpoint": "true", "output_dir": "{no_eos}"},
+        r"the output folder {no_eos} is not empty",
     ),
+    wrong_value("sft", "resume_from_checkpoint", "no/such", r"there is no checkpoint folder no/such"),
     # ---- Arguments: numbers ----
     *(wrong_value(script, "learning_rate", value) for script in TRAINING for value in ("-0.5", "nan", "inf")),
     *(wrong_value(script, "seed", "-1") for script in TRAINING),

@@ -4,21 +4,27 @@ Killed: the whole run's folder is copied, and everything behind checkpoint 2 or 
 lines that the killed run had already written to metrics.jsonl and samples.jsonl.
 """
 
+import functools
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 import reward_modeling
 import rl_training
 import sft_training
 from tests.conftest import write_rows
 from tests.helpers import PROMPTS, Stages, make_stages, run_main, save_lively_base
+from utils.arguments import InputError
+from utils.checkpoints import resume_path, seal
 from utils.report import read_jsonl
 
-CLOCK = ("seconds", "tokens_per_second")
+CLOCK = re.compile("seconds|per_second|runtime")
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +67,22 @@ def killed_copy(run: Path, copy: Path, checkpoint: int) -> Path:
     return copy
 
 
-def iterations(folder: Path) -> list[dict]:
+def metrics(folder: Path) -> list[dict]:
+    """All lines of metrics.jsonl, without what a clock says."""
     rows = read_jsonl(str(folder / "metrics.jsonl"))
-    return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows if "score_mean" in row]
+    return [{key: value for key, value in row.items() if not CLOCK.search(key)} for row in rows]
+
+
+def iterations(folder: Path) -> list[dict]:
+    return [row for row in metrics(folder) if "score_mean" in row]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def evaluations(folder: Path) -> list[dict]:
-    return [row for row in read_jsonl(str(folder / "metrics.jsonl")) if "eval_score_mean" in row]
+    return [row for row in metrics(folder) if "eval_score_mean" in row]
 
 
 def resume(arguments: list[str], copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +94,7 @@ def resume(arguments: list[str], copy: Path, monkeypatch: pytest.MonkeyPatch) ->
 def assert_same_run(run: Path, copy: Path) -> None:
     for file in ("adapter_model.safetensors", "value_head.safetensors", "samples.jsonl", "ppo_state.json"):
         assert (run / file).read_bytes() == (copy / file).read_bytes(), file
-    assert iterations(copy) == iterations(run)
-    assert evaluations(copy) == evaluations(run)
+    assert metrics(copy) == metrics(run)
 
 
 @pytest.mark.parametrize("checkpoint", [2, 4])
@@ -111,6 +125,7 @@ def test_a_run_that_lost_a_part_of_its_state_is_another_run(
     arguments, run = whole_run
     copy = killed_copy(run, tmp_path / "copy", 4)
     shutil.copy(run / "checkpoint-2" / lost, copy / "checkpoint-4" / lost)
+    seal(copy / "checkpoint-4")
     resume(arguments, copy, monkeypatch)
     assert iterations(copy)[:4] == iterations(run)[:4]
     assert iterations(copy)[4:] != iterations(run)[4:]
@@ -134,15 +149,82 @@ def test_a_line_that_the_kill_cut_in_two_does_not_stop_the_resume(
 def test_a_checkpoint_that_the_kill_cut_in_two_is_left_out(
     whole_run: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """A run that was killed while it saved has a newest checkpoint without optimizer and state: the one before counts."""
+    """A run that was killed while it saved leaves a half checkpoint: it is named, and the one before counts.
+
+    best/ was replaced since, by a policy that the resumed run has yet to make.
+    """
     arguments, run = whole_run
     copy = killed_copy(run, tmp_path / "copy", 4)
-    for path in (copy / "checkpoint-4").iterdir():  # the Trainer saves the weights first
-        if path.name not in ("adapter_config.json", "adapter_model.safetensors"):
-            path.unlink()
+    shutil.copytree(copy / "checkpoint-4", copy / "unfinished" / "checkpoint-6")
+    with open(copy / "checkpoint-4" / "optimizer.pt", "r+b") as file:
+        file.truncate(1000)
+    shutil.copytree(run / "checkpoint-6", copy / "best")
     resume(arguments, copy, monkeypatch)
-    assert capsys.readouterr().err.count("checkpoint-4 is not whole") == 1
+    lines = capsys.readouterr().err
+    assert lines.count("unfinished/checkpoint-6 is not whole") == 1
+    assert lines.count("checkpoint-4 is not whole: optimizer.pt has 1000 of ") == 1
+    assert lines.count("going on from") == lines.count("checkpoint-2\n") == 1
     assert_same_run(run, copy)
+    assert files_of(copy / "best") == files_of(run / "best")
+    assert not (copy / "unfinished").exists()
+
+
+def test_a_run_that_had_come_to_its_end_is_only_wound_up(
+    whole_run: tuple[list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the last checkpoint: the Trainer would have trained one step too many, and logged its summary twice."""
+    arguments, run = whole_run
+    copy = killed_copy(run, tmp_path / "copy", 6)
+    resume(arguments, copy, monkeypatch)
+    assert_same_run(run, copy)
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("no list of files", "there is no complete.json in it"),
+        ("half a list of files", "there is no complete.json in it"),
+        ("half a file", "adapter_model.safetensors has 10 of "),
+        ("no file", "trainer_state.json is missing"),
+        ("nothing", "there is no complete.json in it"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_recognised(
+    whole_run: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture, fault: str, named: str
+) -> None:
+    """`true` goes back to the one before; a folder that was named itself is an error."""
+    _, run = whole_run
+    copy = killed_copy(run, tmp_path / "copy", 4)
+    broken = copy / "checkpoint-4"
+    if fault == "no list of files":
+        (broken / "complete.json").unlink()
+    elif fault == "half a list of files":
+        os.truncate(broken / "complete.json", 40)
+    elif fault == "half a file":
+        os.truncate(broken / "adapter_model.safetensors", 10)
+    elif fault == "no file":
+        (broken / "trainer_state.json").unlink()
+    else:
+        shutil.rmtree(broken)
+        broken.mkdir()
+
+    def wanted(checkpoint: str) -> TrainingArguments:
+        return TrainingArguments(output_dir=str(copy), resume_from_checkpoint=checkpoint, use_cpu=True)
+
+    of_ppo = functools.partial(resume_path, stage="ppo")
+    assert of_ppo(wanted("true")) == str(copy / "checkpoint-2")
+    assert f"checkpoint-4 is not whole: {named}" in capsys.readouterr().err
+    assert of_ppo(wanted(str(copy / "checkpoint-2"))) == str(copy / "checkpoint-2")
+    with pytest.raises(InputError, match=f"checkpoint-4 is not whole: {named}"):
+        of_ppo(wanted(str(broken)))
+    shutil.rmtree(copy / "checkpoint-2")
+    assert of_ppo(wanted("true")) is None  # a run, but without a checkpoint: from the beginning
+    assert "the run starts from the beginning" in capsys.readouterr().err
+    with pytest.raises(InputError, match="holds a run of stage ppo, not sft"):
+        resume_path(wanted("true"), "sft")
+    (copy / "run.json").write_text("[1]")
+    with pytest.raises(InputError, match="is not empty"):  # no run: hands off
+        of_ppo(wanted("true"))
 
 
 def test_every_checkpoint_of_ppo_can_be_used_as_it_is(whole_run: tuple[list[str], Path]) -> None:
@@ -163,20 +245,23 @@ def test_every_checkpoint_of_ppo_can_be_used_as_it_is(whole_run: tuple[list[str]
 def test_a_resumed_stage_1_or_2_run_is_the_run(
     base_path: str, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """LoRA dropout is on, so the random state has to come back with the weights; 6 steps cross an epoch."""
+    """LoRA dropout is on, so the random state has to come back with the weights; 6 steps cross an epoch.
+
+    The checkpoint lies between two lines of the log.  The Trainer's mean loss of the line after it was of the steps since
+    the resume alone, and TRL counted its tokens from 0 again.
+    """
     script, rows = (sft_training, data["sft"]) if stage == "sft" else (reward_modeling, data["preferences"])
     size = "3" if stage == "sft" else "8"
     arguments = [
         *("--model_name_or_path", base_path, "--dataset", rows, "--max_steps", "6", "--save_steps", "3"),
         *("--learning_rate", "0.01", "--lora_dropout", "0.3", "--per_device_train_batch_size", size),
-        *("--logging_steps", "1", "--max_length", "64", "--warmup_steps", "2", "--eval_fraction", "0.2"),
+        *("--logging_steps", "2", "--max_length", "64", "--warmup_steps", "2", "--eval_fraction", "0.2"),
     ]
     run = tmp_path / "run"
     run_main(script, [*arguments, "--output_dir", str(run)], monkeypatch)
-    metrics = read_jsonl(str(run / "metrics.jsonl"))
-    losses = [(row["step"], row["loss"], row["epoch"]) for row in metrics if "loss" in row]
-    assert [step for step, _, _ in losses] == [1, 2, 3, 4, 5, 6]
-    assert losses[-1][2] > 1
+    losses = [row for row in metrics(run) if "loss" in row]
+    assert [row["step"] for row in losses] == [2, 4, 6]
+    assert losses[-1]["epoch"] > 1
 
     def final_weights(folder: Path) -> bytes:
         return (folder / "adapter_model.safetensors").read_bytes()
@@ -186,13 +271,13 @@ def test_a_resumed_stage_1_or_2_run_is_the_run(
     torch.manual_seed(99)  # the process is not the one that was killed
     run_main(script, [*arguments, *resuming], monkeypatch)
     assert final_weights(copy) == final_weights(run)
-    metrics = read_jsonl(str(copy / "metrics.jsonl"))
-    assert [(row["step"], row["loss"], row["epoch"]) for row in metrics if "loss" in row] == losses
+    assert metrics(copy) == metrics(run)
     if stage == "reward":
         cards = [json.loads((folder / "reward_card.json").read_text(encoding="utf-8")) for folder in (run, copy)]
         assert cards[0] == cards[1]
 
     broken = killed_copy(run, tmp_path / "broken", 3)  # negative control
     (broken / "checkpoint-3" / "rng_state.pth").unlink()
+    seal(broken / "checkpoint-3")
     run_main(script, [*arguments, "--output_dir", str(broken), "--resume_from_checkpoint", "true"], monkeypatch)
     assert final_weights(broken) != final_weights(run)

@@ -9,17 +9,16 @@ import difflib
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer import TRAINER_STATE_NAME
 
 DEFAULT_TEMPLATE = "问：{prompt}\n\n答："
 DEFAULT_PREFERENCES = "beyond/rlhf-reward-single-round-trans_chinese"  # the article's reward data and PPO prompts
@@ -27,6 +26,18 @@ DEFAULT_PREFERENCES = "beyond/rlhf-reward-single-round-trans_chinese"  # the art
 
 class InputError(Exception):
     """Something that the user gave is wrong.  The message says what is wrong, what was found and what to do."""
+
+
+class RunError(Exception):
+    """A run cannot go on, though its input is right: a full disk, numbers that are not finite.  The message says why."""
+
+
+class Preempted(Exception):
+    """SIGTERM or SIGINT ended a run, after its step and with a checkpoint.  signal_number: which of the two."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 def one_line(error: Exception) -> str:
@@ -326,38 +337,19 @@ def check_output_dir(training_args: TrainingArguments) -> None:
         check_new_folder(training_args.output_dir, ", or --resume_from_checkpoint true to go on with the run in it")
 
 
-def resume_path(training_args: TrainingArguments) -> str | None:
-    """Checkpoint folder that --resume_from_checkpoint names; `true` means the newest one in the output folder
-    that was saved to its end (the Trainer writes its state last).
-
-    Raises InputError when there is none.
-    """
-    wanted = training_args.resume_from_checkpoint
-    if not wanted or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() != "true":
-        if not os.path.isdir(wanted):
-            raise InputError(f"there is no checkpoint folder {wanted}; give --resume_from_checkpoint true or a folder")
-        return wanted
-    checkpoints = sorted(Path(training_args.output_dir).glob("checkpoint-*"), key=_checkpoint_number, reverse=True)
-    for checkpoint in checkpoints:
-        if (checkpoint / TRAINER_STATE_NAME).is_file():
-            return str(checkpoint)
-        say(f"warning: {checkpoint} is not whole, the run was killed while it saved; an older checkpoint is taken")
-    raise InputError(
-        f"there is no whole checkpoint in {training_args.output_dir}; start without --resume_from_checkpoint"
-    )
-
-
-def _checkpoint_number(folder: Path) -> int:
-    number = folder.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
-
-
 def run_script(main: Callable[[], None]) -> None:
-    """Call `main`; an InputError becomes one line on stderr and exit code 2, anything else keeps its traceback."""
+    """Call `main`; what a user can understand becomes one line on stderr, anything else keeps its traceback.
+
+    Exit codes: 2 for an InputError, 1 for a RunError, 128 + the number of the signal for a run that one ended.
+    """
     try:
         main()
-    except InputError as error:
+    except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except Preempted as stop:
+        say(str(stop))
+        sys.exit(128 + stop.signal_number)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(128 + signal.SIGINT)

@@ -7,6 +7,7 @@ python -m utils.report output/ppo other/ppo --output both.html
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -28,6 +29,7 @@ from transformers import (
 
 from utils.adapters import base_fingerprint
 from utils.arguments import ModelArguments, run_script, say
+from utils.checkpoints import saving
 from utils.html_report import report_page
 from utils.page import write_page
 
@@ -81,10 +83,13 @@ def _git_commit() -> str | None:
 
 
 def write_json(content: Any, *path: str) -> None:
-    """Write JSON that a person can read."""
-    with open(os.path.join(*path), "w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False, indent=2, default=str)
-        file.write("\n")
+    """Write JSON that a person can read.  A kill in here leaves the old file.  Raises RunError where the disk fails."""
+    target = os.path.join(*path)
+    with saving(target):
+        with open(target + ".new", "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=2, default=str)
+            file.write("\n")
+        os.replace(target + ".new", target)
 
 
 @contextlib.contextmanager
@@ -110,8 +115,8 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
 
 
 def append_jsonl(rows: list[dict[str, Any]], *path: str) -> None:
-    """Add rows at the end of a JSON-lines file."""
-    with open(os.path.join(*path), "a", encoding="utf-8") as file:
+    """Add rows at the end of a JSON-lines file.  Raises RunError where the disk fails."""
+    with saving(os.path.join(*path)), open(os.path.join(*path), "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -123,14 +128,21 @@ def drop_rows_after(path: str, key: str, last: int) -> None:
     if os.path.isfile(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             rows = [json.loads(line) for line in file if line.endswith("\n")]
-        with open(path + ".new", "w", encoding="utf-8") as file:  # a kill in here must not lose the old file
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row.get(key, 0) <= last)
+        replace_jsonl(path, [row for row in rows if row.get(key, 0) <= last])
+
+
+def replace_jsonl(path: str, rows: list[dict[str, Any]]) -> None:
+    """Let a JSON-lines file hold these rows.  A kill in here leaves the old file.  Raises RunError where the disk fails."""
+    with saving(path):
+        with open(path + ".new", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         os.replace(path + ".new", path)
 
 
 class RunFiles(TrainerCallback):
-    """Writes metrics.jsonl while the run goes on, and run.json beside each checkpoint, so that each can be used as it is.
+    """Writes run.json, and metrics.jsonl while the run goes on.
 
+    A run that is resumed starts with the lines that the checkpoint remembers, whatever the killed one wrote after it.
     key: what global_step is called in metrics.jsonl, "step" or "iteration".
     """
 
@@ -144,18 +156,20 @@ class RunFiles(TrainerCallback):
         if state.is_world_process_zero:
             os.makedirs(args.output_dir, exist_ok=True)
             write_json(self.record, args.output_dir, "run.json")
-            for file in ("metrics.jsonl", "samples.jsonl"):
+            rows = [self.row(logs.pop("step"), logs) for logs in map(dict, state.log_history)]
+            replace_jsonl(os.path.join(args.output_dir, "metrics.jsonl"), rows)
+            for file in ("samples.jsonl", "nonfinite.jsonl"):
                 drop_rows_after(os.path.join(args.output_dir, file), self.key, state.global_step)
+
+    def row(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
+        """A line of metrics.jsonl.  JSON has no NaN and no infinity, so what is not finite is left out."""
+        return {self.key: step} | {k: v for k, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            append_jsonl([{self.key: state.global_step, **logs}], args.output_dir, "metrics.jsonl")
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            write_json(self.record, args.output_dir, f"checkpoint-{state.global_step}", "run.json")
+            append_jsonl([self.row(state.global_step, logs)], args.output_dir, "metrics.jsonl")
 
 
 def iteration_line(logs: dict[str, Any], iteration: int, iterations: int) -> str | None:
