@@ -274,6 +274,15 @@ class RewardTrainer(SteadyTrainer):
             return loss
         return loss, torch.stack(ensemble_score(scores, self.args.ensemble_penalty).chunk(2), dim=1)
 
+    def as_text(self, inputs: dict[str, Tensor]) -> list[tuple[str, str]]:
+        parts = []
+        replies = inputs["lengths"].T.flatten()  # [2B], chosen first
+        for ids, mask, reply in zip(inputs["input_ids"], inputs["attention_mask"].bool(), replies, strict=True):
+            real = ids[mask].tolist()
+            parts += [real[: len(real) - int(reply)], real[len(real) - int(reply) :]]
+        texts = self.processing_class.batch_decode(parts, skip_special_tokens=True)
+        return list(zip(texts[::2], texts[1::2], strict=True))
+
     def prediction_step(
         self,
         model: torch.nn.Module,

@@ -62,6 +62,7 @@ from utils.arguments import (
     DataArguments,
     InputError,
     ModelArguments,
+    RunError,
     check_evaluation,
     check_numbers,
     check_output_dir,
@@ -100,6 +101,12 @@ STATE_FILE = "ppo_state.json"
 PASS_OVERHEAD = {"cpu": 1e8, "cuda": 1e11}
 PASS_TOKENS = {"cpu": 512, "cuda": 2**31}  # more tokens in a pass make a CPU no faster and need more memory
 BEST = "best"
+# What may be NaN or infinite in a batch of replies, and what to do about it.
+OF_POLICY = (
+    "lower --learning_rate or raise --init_kl_coef and go on from an earlier checkpoint, or compute in float32 (--bf16 "
+    "false --dtype float32)"
+)
+OF_ADAPTER = "check that adapter, or compute in float32 (--bf16 false --dtype float32)"
 TRAINER_NAMES = {  # arguments of the Trainer that PPO has under other names
     "max_steps": "steps",
     "num_train_epochs": "steps",
@@ -268,6 +275,23 @@ class Experience(NamedTuple):
     entropy: Tensor  # float32 [B, T]
     scores: Tensor  # float32 [B], from the reward model, as it gave them
 
+    def rows(self, index: Tensor) -> "Experience":
+        """The rows `index`, with the padding cut to the longest of them."""
+        batch = self.batch.rows(index)
+        tokens = (part[index, : batch.response_mask.shape[1]] for part in self[2:6])
+        return Experience(batch, self.indices[index], *tokens, self.scores[index])
+
+    def nonfinite(self) -> list[tuple[str, str, Tensor]]:
+        """What is NaN or infinite: its name, what to do about it, and the rows, bool [B].  Empty where all is well."""
+        parts = [
+            ("the policy's log-probs", OF_POLICY, self.logprobs),
+            ("the values", OF_POLICY, self.values),
+            ("the SFT model's log-probs", OF_ADAPTER, self.ref_logprobs),
+            ("the reward model's scores", OF_ADAPTER, self.scores[:, None]),
+        ]
+        found = [(name, advice, ~part.isfinite().all(1)) for name, advice, part in parts]
+        return [one for one in found if one[2].any()]
+
 
 class ScoreStatistics(NamedTuple):
     """Mean and standard deviation of the reward model's scores on held-out replies."""
@@ -325,6 +349,15 @@ class PPOTrainer(SteadyTrainer):
 
         # 1. replies, log-probs, values, scores
         experience = self.roll_out(model, inputs, iteration)
+        if experience.nonfinite():
+            self.pending_metrics = {
+                "kl_coef": self.kl_coef,
+                "learning_rate": self._get_learning_rate(),
+                "nonfinite_steps": 1,
+                **self.lose_iteration(experience),
+                "seconds": time.perf_counter() - started,
+            }
+            return torch.zeros((), device=self.args.device)
         mask = experience.batch.response_mask
 
         # 2. rewards: the KL penalty on each token, the score on the last one
@@ -365,7 +398,17 @@ class PPOTrainer(SteadyTrainer):
             metrics |= self.watch(iteration + 1, {"rollouts": measures})
         self.pending_metrics = metrics
         self.write_samples(experience, reply_kl, iteration + 1)
-        return torch.tensor(metrics["loss"], device=self.args.device)
+        return torch.tensor(metrics.get("loss", 0.0), device=self.args.device)
+
+    def lose_iteration(self, experience: Experience) -> dict[str, float]:
+        """Make no update: something in the batch is not finite.  Returns what the guard has to say for the log."""
+        name, advice, rows = experience.nonfinite()[0]
+        self.lose(name, self.rows_as_text(experience, rows.nonzero().squeeze(1), self.train_dataset), advice)
+        return self.watch(self.state.global_step + 1, {}) if self.guard_dataset is not None else {}
+
+    def rows_as_text(self, experience: Experience, rows: Tensor, dataset: Dataset) -> list[tuple[str, str]]:
+        """Prompt and reply of some rows."""
+        return list(zip(*self.texts(experience.rows(rows), dataset), strict=True))
 
     def roll_out(self, model: nn.Module, rows: list[dict[str, Any]], iteration: int) -> Experience:
         """Sample a reply to each prompt of this process, judge it, and gather what all processes have."""
@@ -381,6 +424,7 @@ class PPOTrainer(SteadyTrainer):
         model.eval()
         unwrapped = self.accelerator.unwrap_model(model)
         replies = draw_replies(unwrapped, queries, seeds, self.sampling, with_values=not self.has_critic)
+        broken = ~replies.statistics.logprobs.isfinite().all(1)  # sampled from no distribution
         model.train(was_training)
         batch = Batch(*(part.to(device) for part in make_batch(queries, replies.ids, self.sampling.pad_token_id)))
         logprobs, ref_logprobs, values, entropy = torch.zeros(4, *batch.response_mask.shape, device=device)
@@ -401,6 +445,7 @@ class PPOTrainer(SteadyTrainer):
                 reference = model(**inputs, job=reply_job(rows, self.sampling, with_values=False, with_entropy=False))
             ref_logprobs[index, :width] = reference.logprobs.float()
             scores[index] = reward_scores(model, inputs)
+        logprobs[broken] = torch.nan
         indices = torch.tensor(indices, device=device)
         return self.gather_experience(Experience(batch, indices, logprobs, ref_logprobs, values, entropy, scores))
 
@@ -471,6 +516,7 @@ class PPOTrainer(SteadyTrainer):
         """
         sums: dict[str, float] = {}
         ratio_first, optimizer_steps, stopped = None, 0, False
+        lost: list[Tensor] = []  # rows of the optimizer steps that were not made
         for step_rows in self.optimizer_batches(len(advantages), iteration):
             micro_batches = self.micro_batches(experience.batch, step_rows)
             step_tokens = experience.batch.response_mask[step_rows].sum()
@@ -494,9 +540,15 @@ class PPOTrainer(SteadyTrainer):
             if stopped:
                 model.zero_grad()
                 break
-            grad_norm = float(self._clip_grad_norm(model)) if self.args.max_grad_norm > 0 else 0.0
+            clipped = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
+            grad_norm = float(self._get_grad_norm(model, clipped))
+            nonfinite = self.drop_nonfinite(model, bool(totals.isfinite().all()), grad_norm)
             self.optimizer.step()
             model.zero_grad()
+            if nonfinite:
+                what = nonfinite
+                lost.append(step_rows)
+                continue
             optimizer_steps += 1
             step = {
                 "loss": policy_loss + self.args.value_coef * value_loss,
@@ -508,12 +560,16 @@ class PPOTrainer(SteadyTrainer):
                 "grad_norm": grad_norm,
             }
             sums = {name: sums.get(name, 0.0) + value for name, value in step.items()}
+        if lost:
+            rows = self.rows_as_text(experience, torch.cat(lost).unique(), self.train_dataset)
+            self.lose(what, rows, OF_POLICY, whole_step=not optimizer_steps)
         means = {name: value / optimizer_steps for name, value in sums.items()}
         return {
             **means,
             "ratio_first": ratio_first,
             "optimizer_steps": optimizer_steps,
             "stopped_early": float(stopped),
+            "nonfinite_steps": len(lost),
         }
 
     def optimizer_batches(self, count: int, iteration: int) -> Iterator[Tensor]:
@@ -580,22 +636,42 @@ class PPOTrainer(SteadyTrainer):
             "entropy": float(ppo.masked_mean(experience.entropy, mask)),
         }
 
-    def reply_to(self, dataset: Dataset) -> Iterator[Experience]:
-        """Judged replies to all prompts of a data set (but for a rest that the processes cannot share), seeds by prompt."""
-        count = len(dataset)
+    def reply_to(self, dataset: Dataset, iteration: int) -> Iterator[Experience]:
+        """Judged replies to all prompts of a data set (but for a rest that the processes cannot share), seeds by prompt.
+
+        iteration: after which one this is.  Replies with numbers that are not finite are left out; raises RunError when
+        there are no others.
+        """
+        count, what, whole = len(dataset), None, 0
         share = range(self.args.process_index, count - count % self.args.world_size, self.args.world_size)
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(share), size):
             rows = [dataset[i] for i in share[start : start + size]]
             seeds = [_seed(self.args.seed, row["index"], 0, 2) for row in rows]
             queries, indices = [row["input_ids"] for row in rows], [row["index"] for row in rows]
-            yield self.judge(self.model_wrapped, queries, seeds, indices)
+            experience = self.judge(self.model_wrapped, queries, seeds, indices)
+            found = experience.nonfinite()
+            if found:
+                what = found[0][0]
+                broken = torch.stack([part for _, _, part in found]).any(0)
+                self.note_nonfinite(
+                    what, self.rows_as_text(experience, broken.nonzero().squeeze(1), dataset), iteration
+                )
+                experience = None if broken.all() else experience.rows((~broken).nonzero().squeeze(1))
+            if experience is not None:
+                whole += len(experience.scores)
+                yield experience
+        if what and not whole:
+            raise RunError(
+                f"stopped after iteration {iteration}: NaN or infinity in {what} for every held-out prompt; check base "
+                "and adapters, or compute in float32 (--bf16 false --dtype float32)"
+            )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Reply to every held-out prompt with fixed seeds, log eval_* measures.  Changes nothing in training."""
         measures: dict[str, float] = {}
         count = 0
-        for experience in self.reply_to(self.eval_dataset):
+        for experience in self.reply_to(self.eval_dataset, self.state.global_step):
             kl = ppo.kl_penalty(experience.logprobs, experience.ref_logprobs, "k1") * experience.batch.response_mask
             scores = self.normalized_scores(experience, self.eval_dataset)
             for name, value in self.describe(experience, kl.sum(1), scores).items():
@@ -633,7 +709,7 @@ class PPOTrainer(SteadyTrainer):
         metrics = {}
         looks = iteration % self.args.guard_freq == 0 or iteration == self.args.steps
         if looks:
-            held_out = self.measure_for_guard(list(self.reply_to(self.guard_dataset)), self.guard_dataset)
+            held_out = self.measure_for_guard(list(self.reply_to(self.guard_dataset, iteration)), self.guard_dataset)
             measures = {**measures, "held-out": held_out}
             metrics = {f"heldout/{name}": value for name, value in held_out.items()}
         signs = self.guard.check(iteration, measures)

@@ -159,7 +159,7 @@ class RunFiles(TrainerCallback):
             rows = [self.row(logs.pop("step"), logs) for logs in map(dict, state.log_history)]
             replace_jsonl(os.path.join(args.output_dir, "metrics.jsonl"), rows)
             for file in ("samples.jsonl", "nonfinite.jsonl"):
-                drop_rows_after(os.path.join(args.output_dir, file), self.key, state.global_step)
+                drop_rows_after(os.path.join(args.output_dir, file), self.key, state.global_step or -1)
 
     def row(self, step: int, logs: dict[str, Any]) -> dict[str, Any]:
         """A line of metrics.jsonl.  JSON has no NaN and no infinity, so what is not finite is left out."""
@@ -223,7 +223,7 @@ def draw_curves(folder: str) -> None:
     os.makedirs(os.path.join(folder, "plots"), exist_ok=True)
     for metric, title in CURVES.items():
         figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-        axes.plot([row["iteration"] for row in rows], [row[metric] for row in rows], linewidth=1.8)
+        axes.plot([row["iteration"] for row in rows], [row.get(metric) for row in rows], linewidth=1.8)
         if metric == "score_mean":
             low = [row["score_mean"] - row["score_std"] for row in rows]
             high = [row["score_mean"] + row["score_std"] for row in rows]

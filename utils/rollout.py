@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from utils.adapters import Job
-from utils.arguments import InputError
+from utils.arguments import InputError, RunError
 from utils.data import pad_right
 from utils.sharding import is_sharded
 
@@ -121,9 +121,7 @@ def sampling_logits(logits: Tensor, seen: Tensor | None, is_first: Tensor, sampl
     if seen is not None:
         penalised = torch.where(logits < 0, logits * sampling.repetition_penalty, logits / sampling.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
-    if (
-        sampling.begin_suppress_tokens and is_first.any()
-    ):  # a pass over all logits, where there is something to suppress
+    if sampling.begin_suppress_tokens and is_first.any():  # else a pass over all logits for nothing
         banned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
         banned[list(sampling.begin_suppress_tokens)] = True
         logits = logits.masked_fill(is_first.unsqueeze(-1) & banned, -torch.inf)
@@ -158,6 +156,9 @@ def draw_job(uniforms: Tensor, seen: Tensor | None, first: bool, sampling: Sampl
         cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # float32 sums lose the tail of a large vocabulary
         target = uniforms[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logprobs.shape[-1] - 1)  # [R, 1]
+        tokens[~cumulative[:, -1].isfinite()] = (
+            sampling.eos_token_id
+        )  # no distribution: the reply ends, its log-prob is NaN
         values = state_values(base, states) if with_values else None
         return Drawn(tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1), entropies(logprobs), values)
 
@@ -191,8 +192,15 @@ def sample_replies(
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """Token ids of one reply for each query; see `draw_replies`."""
-    return draw_replies(model, queries, seeds, sampling, streamer).ids
+    """Token ids of one reply for each query; see `draw_replies`.  Raises RunError where logits are NaN or infinite."""
+    replies = draw_replies(model, queries, seeds, sampling, streamer)
+    broken = int((~replies.statistics.logprobs.isfinite().all(1)).sum())
+    if broken:
+        raise RunError(
+            f"NaN or infinity in the model's logits for {broken} of {len(queries)} prompts; check the adapter, or compute "
+            "in float32 (--dtype float32)"
+        )
+    return replies.ids
 
 
 @torch.no_grad()
@@ -208,7 +216,8 @@ def draw_replies(
 
     seeds: one number a query; the same query with the same seed gives the same reply in any batch and on any number of
     processes, up to the rounding of the forward pass.  A reply that has ended leaves the batch.  streamer: gets the prompt
-    and then each token as soon as it is drawn, of one query only.
+    and then each token as soon as it is drawn, of one query only.  Logits that are NaN or infinite end a reply with EOS and
+    a log-prob of NaN.
     """
     device = next(model.parameters()).device
     count, longest = len(queries), sampling.max_new_tokens

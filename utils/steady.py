@@ -7,6 +7,7 @@ or gradients are not finite changes nothing, and too many of them in a row end t
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,13 +20,16 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import DistributedType
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from utils.arguments import InputError, Preempted, RunError
+from utils.arguments import InputError, Preempted, RunError, say
 from utils.checkpoints import UNFINISHED, flush, saving, seal
+from utils.report import append_jsonl
 
 NONFINITE_FILE = "nonfinite.jsonl"
 LOWER_THE_RATE = (
@@ -108,9 +112,10 @@ class SteadyTrainer(Trainer):
         self.step_batches: list[
             tuple[dict[str, Any], bool]
         ] = []  # of this step: micro-batch, whether its loss is finite
-        self.lost: str | None = None  # what made this step impossible
+        self.lost: tuple[str, str] | None = None  # what made this step impossible, and what to do about it
         self.lost_in_a_row = 0
         self.lost_since_log = 0
+        self.steps_since_log = 0
 
     # ---- Resume ----
 
@@ -148,6 +153,7 @@ class SteadyTrainer(Trainer):
             "last_logged": self._globalstep_last_logged,
             "lost_in_a_row": self.lost_in_a_row,
             "lost_since_log": self.lost_since_log,
+            "steps_since_log": self.steps_since_log,
         }
 
     def restore_loop(self) -> None:
@@ -163,14 +169,17 @@ class SteadyTrainer(Trainer):
         self._globalstep_last_logged = state["last_logged"]
         self.lost_in_a_row = state["lost_in_a_row"]
         self.lost_since_log = state["lost_since_log"]
+        self.steps_since_log = state["steps_since_log"]
 
     def _loop_file(self, folder: str) -> str:
         return os.path.join(folder, f"loop_state_{self.args.process_index}.json")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "learning_rate" in logs:  # a row of training, not of an evaluation
+        if "learning_rate" in logs and "nonfinite_steps" not in logs:  # a row of training, not of an evaluation
             logs["nonfinite_steps"] = self.lost_since_log
-            self.lost_since_log = 0
+            if self.lost_since_log == self.steps_since_log:
+                del logs["loss"]  # the Trainer's is 0 where there was none
+            self.lost_since_log = self.steps_since_log = 0
         if "train_loss" in logs:  # the Trainer's is of the steps since the last resume
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
@@ -252,16 +261,89 @@ class SteadyTrainer(Trainer):
         with saving(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
 
+    # ---- Numbers that are not finite ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_batches.append((inputs, bool(loss.isfinite())))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The Trainer asks for it between the backward pass and the optimizer step: the moment to look at both."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        batches, self.step_batches = self.step_batches, []
+        if not batches:  # stage 3 makes its optimizer steps itself
+            return norm
+        loss_is_finite = not self.of_all_processes(int(not all(finite for _, finite in batches)))
+        what = self.drop_nonfinite(model, loss_is_finite, norm)
+        if what is None:
+            return norm
+        rows = [row for inputs, finite in batches if loss_is_finite or not finite for row in self.as_text(inputs)]
+        self.lose(what, gather_object(rows) if self.args.world_size > 1 else rows, LOWER_THE_RATE)
+        return None  # there is none for the log
+
+    def drop_nonfinite(self, model: nn.Module, loss_is_finite: bool, grad_norm: Any) -> str | None:
+        """Take the gradients away if they or the loss are not finite; the optimizer then changes nothing, itself included.
+
+        Returns what was not finite.  Decided alike in all processes, which hold the same gradients.  The loss scaler of
+        fp16 meets infinite gradients all the time and skips those steps itself.
+        """
+        scaler = self.accelerator.scaler
+        if loss_is_finite and (scaler is not None or grad_norm is None or math.isfinite(grad_norm)):
+            return None
+        what = "the gradients" if loss_is_finite else "the loss"
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise RunError(
+                f"stopped at {self.step_name} {self.state.global_step + 1}: NaN or infinity in {what}, and DeepSpeed has "
+                f"made the update already; go on from a checkpoint, and {LOWER_THE_RATE}"
+            )
+        if scaler is None:
+            model.zero_grad()
+        return what
+
+    def lose(self, what: str, rows: list[tuple[str, str]], advice: str, whole_step: bool = True) -> None:
+        """Say that `what` was not finite; with `whole_step` there was no update at all in this step."""
+        if whole_step:
+            self.lost = (what, advice)
+        self.note_nonfinite(what, rows, self.state.global_step + 1)
+
+    def note_nonfinite(self, what: str, rows: list[tuple[str, str]], step: int) -> None:
+        """One warning line, and prompts and replies into nonfinite.jsonl."""
+        say(f"warning: {self.step_name} {step}: NaN or infinity in {what}; {NONFINITE_FILE} has the replies")
+        if self.is_world_process_zero():
+            append_jsonl(
+                [
+                    {self.step_name: step, "quantity": what, "prompt": prompt, "response": response}
+                    for prompt, response in rows
+                ],
+                self.args.output_dir,
+                NONFINITE_FILE,
+            )
+
+    def as_text(self, inputs: dict[str, Tensor]) -> list[tuple[str, str]]:
+        """Prompt and reply of each row of a micro-batch; -100 among the labels stands for the prompt."""
+        parts = []
+        for number, (ids, labels) in enumerate(zip(inputs["input_ids"], inputs["labels"], strict=True)):
+            real = (
+                inputs["attention_mask"][number].bool() if "attention_mask" in inputs else torch.ones_like(ids).bool()
+            )
+            parts += [ids[real & (labels == -100)].tolist(), ids[real & (labels != -100)].tolist()]
+        texts = self.processing_class.batch_decode(parts, skip_special_tokens=True)
+        return list(zip(texts[::2], texts[1::2], strict=True))
+
     # ---- The end of a step ----
 
     def end_step(self, control: TrainerControl) -> None:
         """Count a step that was lost, and stop the run on too many in a row or on a signal."""
+        self.steps_since_log += 1
+        self.lost_since_log += self.lost is not None
         self.lost_in_a_row = self.lost_in_a_row + 1 if self.lost else 0
-        if self.lost_in_a_row >= self.args.max_nonfinite_steps:
+        if self.lost and self.lost_in_a_row >= self.args.max_nonfinite_steps:
+            what, advice = self.lost
             raise RunError(
-                f"stopped at {self.step_name} {self.state.global_step}: no finite numbers in {self.lost_in_a_row} in a row, "
-                f"in the last one in {self.lost}; the model is as it was before them, and "
-                f"{os.path.join(self.args.output_dir, NONFINITE_FILE)} names prompts and replies"
+                f"stopped at {self.step_name} {self.state.global_step}: no update was possible in {self.lost_in_a_row} "
+                f"{self.step_name}s in a row, because of NaN or infinity in {what}; "
+                f"{os.path.join(self.args.output_dir, NONFINITE_FILE)} has prompts and replies; {advice}"
             )
         self.lost = None
         self.stopped_by = self.of_all_processes(self.stop_signals.number)
