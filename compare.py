@@ -10,7 +10,6 @@ distribution, as PPO samples them.  Writes compare.md, compare.html (opens offli
 
 import html
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -33,7 +32,7 @@ from utils.answers import (
 )
 from utils.arguments import InputError, check_new_folder, parse_arguments, run_script, say
 from utils.data import FILE_FORMATS, check_template, read_dataset, tokenize_prompts
-from utils.page import html_page, write_page
+from utils.page import html_page, markdown_cell, markdown_table, write_page
 from utils.report import append_jsonl
 from utils.statistics import wilson_interval
 
@@ -181,36 +180,16 @@ def prompt_tables(prompts: Sequence[str], models: Sequence[Answers]) -> list[tup
     return tables
 
 
-def markdown_cell(text: str) -> str:
-    """Text that a Markdown table shows as it is, in one cell: no markup, no HTML, no column or row ends in it."""
-    text = html.escape(text, quote=False).replace("|", "&#124;")
-    text = re.sub(r"([\\`*_\[\]~$])", r"\\\1", text)
-    return "<br>".join(text.splitlines())
-
-
 def as_markdown(
     facts: str,
     summary: tuple[list[str], list[list[str]]],
     tables: Sequence[tuple[str, list[list[str]]]],
 ) -> str:
     """compare.md."""
-
-    def row(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(map(markdown_cell, cells)) + " |"
-
-    head, rows = summary
-    lines = [
-        "# Models side by side",
-        "",
-        markdown_cell(facts),
-        "",
-        row(head),
-        "|---" * len(head) + "|",
-        *map(row, rows),
-    ]
+    lines = ["# Models side by side", "", markdown_cell(facts), "", *markdown_table(*summary)]
     for prompt, rows in tables:
         scored = len(rows[0]) == 3
-        lines += ["", row(["prompt", prompt, *["score"] * scored]), "|---" * len(rows[0]) + "|", *map(row, rows)]
+        lines += ["", *markdown_table(["prompt", prompt, *["score"] * scored], rows)]
     return "\n".join(lines) + "\n"
 
 

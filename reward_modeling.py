@@ -52,7 +52,6 @@ from utils.arguments import (
     ModelArguments,
     check_numbers,
     check_output_dir,
-    check_reporting,
     choose_precision,
     default_autocast,
     is_main_process,
@@ -78,6 +77,7 @@ from utils.reward_card import (
 from utils.sharding import is_sharded, whole_parameters
 from utils.statistics import wilson_interval
 from utils.steady import SteadyArguments, SteadyTrainer
+from utils.trackers import check_trackers, show_card
 
 SMALLEST_PART = 8  # rows that go through the model together, whatever their lengths
 
@@ -432,9 +432,9 @@ def main() -> None:
     )
     relaunch_on_all_gpus()
     check_output_dir(training_args)
+    check_trackers(training_args)
     checkpoint = resume_path(training_args, "reward")
     dtype = choose_precision(model_args, training_args)
-    check_reporting(training_args)
     training_args.remove_unused_columns = False
     set_seed(training_args.seed)
 
@@ -510,6 +510,8 @@ def main() -> None:
         card |= verdict(card, data_args.exempt)
         scores |= {"chosen": prediction.predictions[:, 0], "rejected": prediction.predictions[:, 1]}
         write_card(card, scores, training_args.output_dir)
+        for callback in trainer.callback_handler.callbacks:
+            show_card(callback, training_args.output_dir, trainer.state.global_step)
         say(card_table(card))
         say("the reward model " + ("passed" if card["passed"] else "FAILED: " + in_short(card["failed"])))
         say(f"reward adapter: {training_args.output_dir}")

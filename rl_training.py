@@ -66,7 +66,6 @@ from utils.arguments import (
     check_evaluation,
     check_numbers,
     check_output_dir,
-    check_reporting,
     choose_precision,
     default_autocast,
     parse_arguments,
@@ -94,6 +93,7 @@ from utils.rollout import (
 )
 from utils.sharding import whole_parameters
 from utils.steady import SteadyArguments, SteadyTrainer
+from utils.trackers import check_trackers, use_grouped_names
 
 STATE_FILE = "ppo_state.json"
 # What a layer costs in a forward and backward pass before its first token, in floating-point operations: the time that
@@ -138,7 +138,9 @@ class PPOArguments(SteadyArguments, TrainingArguments):
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; by default on a GPU that has it."})
     adafactor: bool = field(default=False, metadata={"help": "Adafactor instead of AdamW: less optimizer memory."})
     logging_steps: float = field(default=1, metadata={"help": "Has no effect: every iteration is logged."})
-    log_with: str | None = field(default=None, metadata={"help": "wandb, tensorboard ...: the same as --report_to."})
+    log_with: str | None = field(
+        default=None, metadata={"help": "wandb, tensorboard, trackio ...: the same as --report_to."}
+    )
 
     max_length: int = field(
         default=1024, metadata={"help": "Longest prompt + reply, in tokens; longer prompts are dropped."}
@@ -333,6 +335,7 @@ class PPOTrainer(SteadyTrainer):
             layer_size = sum(parameter.numel() for parameter in base.base_model.parameters()) / layers
             self.pass_overhead = PASS_OVERHEAD[self.args.device.type] / (4 * layer_size)
         self.record = record or {}
+        self.samples: list[dict[str, Any]] = []  # the rows of samples.jsonl of this iteration, for the trackers
 
     # ---- One iteration ----
 
@@ -767,21 +770,18 @@ class PPOTrainer(SteadyTrainer):
             experience.batch.response_mask.sum(1).tolist(),
             strict=True,
         )
-        append_jsonl(
-            [
-                {
-                    "iteration": iteration,
-                    "prompt": self.train_dataset[index]["prompt"],
-                    "response": text,
-                    "score": score,
-                    "kl": kl,
-                    "length": length,
-                }
-                for index, text, score, kl, length in rows
-            ],
-            self.args.output_dir,
-            "samples.jsonl",
-        )
+        self.samples[:] = [
+            {
+                "iteration": iteration,
+                "prompt": self.train_dataset[index]["prompt"],
+                "response": text,
+                "score": score,
+                "kl": kl,
+                "length": length,
+            }
+            for index, text, score, kl, length in rows
+        ]
+        append_jsonl(self.samples, self.args.output_dir, "samples.jsonl")
 
     # ---- Saving ----
 
@@ -916,9 +916,9 @@ def main() -> None:
     )
     relaunch_on_all_gpus()
     check_output_dir(training_args)
+    check_trackers(training_args)
     checkpoint = resume_path(training_args, "ppo")
     dtype = choose_precision(model_args, training_args)
-    check_reporting(training_args)
     sft = read_adapter(training_args.sft_model_lora_path, "--sft_model_lora_path")
     reward = read_adapter(training_args.reward_model_lora_path, "--reward_model_lora_path")
     set_seed(training_args.seed)
@@ -990,6 +990,7 @@ def main() -> None:
     )
     trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
     trainer.add_callback(IterationLines())
+    use_grouped_names(trainer, trainer.samples)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # ---- Save ----

@@ -21,7 +21,6 @@ from utils.arguments import (
     ModelArguments,
     check_evaluation,
     check_output_dir,
-    check_reporting,
     choose_precision,
     default_autocast,
     parse_arguments,
@@ -33,6 +32,7 @@ from utils.data import check_template, tokenize_sft, train_and_eval_rows
 from utils.launch import relaunch_on_all_gpus
 from utils.report import RunFiles, run_record
 from utils.steady import SteadyArguments, SteadyTrainer
+from utils.trackers import check_trackers
 
 DEFAULT_DATASET = "Hello-SimpleAI/HC3-Chinese"  # the article's
 
@@ -73,9 +73,9 @@ def main() -> None:
     )
     relaunch_on_all_gpus()
     check_output_dir(training_args)
+    check_trackers(training_args)
     checkpoint = resume_path(training_args, "sft")
     dtype = choose_precision(model_args, training_args)
-    check_reporting(training_args)
     set_seed(training_args.seed)
 
     # ---- Tokenizer and data ----

@@ -1,7 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, samples.jsonl, run.json, pictures, and the files of a tracker.
-
-Weights & Biases is in test_article.py: it is what the article's command logs with.
-"""
+"""What a run leaves behind: metrics.jsonl, samples.jsonl, run.json, pictures; test_trackers.py has the trackers."""
 
 import json
 import math
@@ -107,14 +104,6 @@ def test_samples_are_the_replies_that_the_metrics_speak_of(runs, iterations, dat
         mine = [sample for sample in samples if sample["iteration"] == row["iteration"]]
         for metric, key in (("score_mean", "score"), ("kl", "kl"), ("response_length", "length")):
             assert sum(sample[key] for sample in mine) / BATCH == pytest.approx(row[metric], rel=1e-5, abs=1e-6)
-
-
-def test_tensorboard_holds_what_metrics_jsonl_holds(runs, iterations):
-    logged = scalars(runs / "ppo")
-    for metric in PPO_METRICS - {"iteration"}:
-        steps, values = zip(*logged[f"train/{metric}"], strict=True)
-        assert steps == tuple(range(1, STEPS + 1))
-        assert values == pytest.approx([row[metric] for row in iterations], rel=1e-5)
 
 
 @pytest.mark.parametrize(("stage", "tags"), [("sft", {"train/loss"}), ("reward", {"eval/accuracy", "eval/loss"})])

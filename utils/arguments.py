@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 
 DEFAULT_TEMPLATE = "问：{prompt}\n\n答："
 DEFAULT_PREFERENCES = "beyond/rlhf-reward-single-round-trans_chinese"  # the article's reward data and PPO prompts
@@ -254,26 +253,6 @@ def check_trainer_arguments(args: TrainingArguments) -> None:
             raise InputError(f"--{name} is {getattr(args, name)}; give a number from 0 to {2**32 - 1}")
     if args.fp16 and args.device.type == "cpu":
         raise InputError("--fp16 true needs a GPU; leave it out on a CPU")
-
-
-def check_reporting(training_args: TrainingArguments) -> None:
-    """Refuse loggers that are unknown, not installed or out of reach, before a model is loaded.  Raises InputError."""
-    try:
-        for logger in get_reporting_integration_callbacks(training_args.report_to):
-            logger()
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"--report_to {' '.join(training_args.report_to)}: {one_line(error)}") from error
-    if "wandb" in training_args.report_to and is_main_process():
-        import wandb
-
-        try:
-            if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled"):
-                wandb.login(verify=True)
-        except wandb.Error as error:
-            raise InputError(
-                f"wandb cannot be used: {one_line(error).rstrip('.')}; log in with `wandb login`, or set "
-                "WANDB_MODE=offline, or leave it out of --report_to and --log_with"
-            ) from error
 
 
 def default_autocast(training_args: TrainingArguments) -> None:

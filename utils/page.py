@@ -1,8 +1,13 @@
-"""Pages that open offline: one HTML file with its style, its script and its data in it, and nothing from elsewhere."""
+"""Pages that open offline: one HTML file with its style, its script and its data in it, and nothing from elsewhere.
+
+And Markdown tables that hold any text.
+"""
 
 import html
 import json
 import math
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +69,19 @@ def write_page(page: str, path: str) -> None:
 
 def _web_file(name: str) -> str:
     return (WEB / name).read_text(encoding="utf-8")
+
+
+def markdown_cell(text: str) -> str:
+    """Text that a Markdown table shows as it is, in one cell: no markup, no HTML, no column or row ends in it."""
+    text = html.escape(text, quote=False).replace("|", "&#124;")
+    text = re.sub(r"([\\`*_\[\]~$])", r"\\\1", text)
+    return "<br>".join(text.splitlines())
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table that shows these texts as they are."""
+
+    def row(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(map(markdown_cell, cells)) + " |"
+
+    return [row(head), "|---" * len(head) + "|", *map(row, rows)]

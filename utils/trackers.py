@@ -1,0 +1,206 @@
+"""What Weights & Biases, TensorBoard and trackio show of a run: grouped metrics, histograms, samples, the reward card.
+
+metrics.jsonl has flat names; `TRACKER_NAMES` says what a tracker calls each of stage 3, and docs/metrics.md what it means.
+The first two stages keep the Trainer's own train/... and eval/....
+"""
+
+import os
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from utils.arguments import InputError, is_main_process, one_line
+from utils.page import markdown_table
+from utils.reward_card import card_table, read_card
+
+TRACKER_NAMES = {  # metrics.jsonl -> trackers; guard/... and heldout/... are called the same in both
+    "score_mean": "objective/score_mean",
+    "score_std": "objective/score_std",
+    "normalized_score_mean": "objective/normalized_score_mean",
+    "reward_mean": "objective/reward_mean",
+    "kl": "objective/kl",
+    "kl_k3": "objective/kl_k3",
+    "kl_max": "objective/kl_max",
+    "kl_coef": "objective/kl_coef",
+    "loss": "objective/loss",
+    "train_loss": "objective/loss_of_run",
+    "policy_loss": "policy/loss",
+    "entropy": "policy/entropy",
+    "clip_fraction": "policy/clip_fraction",
+    "approx_kl": "policy/approx_kl",
+    "ratio_first": "policy/ratio_first",
+    "grad_norm": "policy/grad_norm",
+    "learning_rate": "policy/learning_rate",
+    "optimizer_steps": "policy/optimizer_steps",
+    "stopped_early": "policy/stopped_early",
+    "value_loss": "value/loss",
+    "value_clip_fraction": "value/clip_fraction",
+    "values_mean": "value/mean",
+    "returns_mean": "value/returns_mean",
+    "response_length": "reply/length",
+    "response_length_std": "reply/length_std",
+    "empty_fraction": "reply/empty_fraction",
+    "ended_fraction": "reply/ended_fraction",
+    "seconds": "speed/seconds",
+    "tokens_per_second": "speed/tokens_per_second",
+    "epoch": "speed/epoch",
+    "train_runtime": "speed/run_seconds",
+    "train_samples_per_second": "speed/run_replies_per_second",
+    "train_steps_per_second": "speed/run_iterations_per_second",
+    "total_flos": "speed/run_flos",
+}
+SAMPLES = 16  # replies in a table: enough to see what the policy does, few enough to send
+SAMPLE_COLUMNS = ("iteration", "prompt", "response", "score", "kl", "length")
+HISTOGRAMS = {"objective/scores": "score", "reply/lengths": "length"}  # name -> column of samples.jsonl
+STEP = "train/global_step"  # what the callbacks of transformers draw everything over, and what they call it
+
+
+def tracker_name(name: str) -> str:
+    """What a tracker calls a metric of stage 3.  One that nobody has put into a group goes to other/."""
+    if name.startswith("eval_"):
+        return "eval/" + name.removeprefix("eval_")
+    return TRACKER_NAMES.get(name, name if "/" in name else f"other/{name}")
+
+
+def check_trackers(training_args: TrainingArguments) -> None:
+    """Refuse a tracker that is unknown, not installed or out of reach, before anything is loaded.  Raises InputError."""
+    for name in training_args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(
+                f"--report_to {name} is no tracker; there are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError) as error:  # what transformers raises where the package is missing
+            raise InputError(f"--report_to {name} cannot be used: {one_line(error)}") from error
+    if "wandb" in training_args.report_to and is_main_process():
+        import wandb
+
+        try:
+            if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled"):
+                wandb.login(verify=True)
+        except wandb.Error as error:
+            raise InputError(
+                f"wandb cannot be used: {one_line(error).rstrip('.')}; log in with `wandb login`, or set "
+                "WANDB_MODE=offline, or leave it out of --report_to and --log_with"
+            ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The reward card, of stage 2 and 3
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def show_card(callback: TrainerCallback, folder: str, step: int) -> None:
+    """Show the reward card in `folder`, where there is one, in the tracker of a callback that has begun."""
+    card = read_card(folder)
+    if card is None:
+        return
+    path = os.path.join(folder, "reward_card.png")
+    picture = path if os.path.isfile(path) else None
+    if isinstance(callback, TensorBoardCallback):
+        callback.tb_writer.add_text("card/table", card_table(card), step)
+        if picture:
+            callback.tb_writer.add_image("card/picture", read_picture(picture), step, dataformats="HWC")
+        callback.tb_writer.flush()
+    for tracker in (getattr(callback, "_wandb", None), getattr(callback, "_trackio", None)):
+        if tracker is not None:
+            rows = [[kind, share, card["probe_counts"][kind]] for kind, share in card["probes"].items()]
+            table = tracker.Table(columns=["broken reply", "the good one wins", "prompts"], data=rows)
+            images = {"card/picture": tracker.Image(picture)} if picture else {}
+            tracker.log({"card/probes": table, **images, STEP: step})
+
+
+def read_picture(path: str) -> np.ndarray:
+    """A picture as uint8 [height, width, 3]."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 3
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Grouped:
+    """Mixed into a tracker's callback of transformers: what stage 3 shows, instead of the Trainer's names."""
+
+    def __init__(self, samples: list[dict[str, Any]]) -> None:
+        """samples: rows of samples.jsonl, which the trainer fills anew in each iteration."""
+        super().__init__()
+        self.samples = samples
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            show_card(self, args.reward_model_lora_path, state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        metrics = {tracker_name(name): value for name, value in logs.items()}
+        replies = self.samples if "score_mean" in logs else []  # an evaluation has none to show
+        step = state.global_step
+        # the SFT model's replies, and those of every checkpoint
+        shown = step in (1, state.max_steps) or step % args.save_steps == 0
+        self.send(step, metrics, replies, replies[:SAMPLES] if shown else [])
+
+
+class TensorBoardTracker(Grouped, TensorBoardCallback):
+    """TensorBoard, which takes tables as Markdown."""
+
+    def send(self, step: int, metrics: dict[str, float], replies: list[dict], shown: list[dict]) -> None:
+        for name, value in metrics.items():
+            self.tb_writer.add_scalar(name, value, step)
+        for name, column in HISTOGRAMS.items() if replies else ():
+            self.tb_writer.add_histogram(name, np.array([row[column] for row in replies]), step)
+        if shown:
+            rows = [[_rounded(row[column]) for column in SAMPLE_COLUMNS] for row in shown]
+            self.tb_writer.add_text("reply/samples", "\n".join(markdown_table(SAMPLE_COLUMNS, rows)), step)
+        self.tb_writer.flush()
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def send(tracker: ModuleType, step: int, metrics: dict[str, float], replies: list[dict], shown: list[dict]) -> None:
+    """A log of stage 3 for wandb or trackio, which have one interface."""
+    entries: dict[str, Any] = {**metrics, STEP: step}
+    for name, column in HISTOGRAMS.items() if replies else ():
+        entries[name] = tracker.Histogram([row[column] for row in replies])
+    if shown:
+        rows = [[row[column] for column in SAMPLE_COLUMNS] for row in shown]
+        entries["reply/samples"] = tracker.Table(columns=list(SAMPLE_COLUMNS), data=rows)
+    tracker.log(entries)
+
+
+class WandbTracker(Grouped, WandbCallback):
+    """Weights & Biases."""
+
+    def send(self, *log: Any) -> None:
+        send(self._wandb, *log)
+
+
+class TrackioTracker(Grouped, TrackioCallback):
+    """trackio."""
+
+    def send(self, *log: Any) -> None:
+        send(self._trackio, *log)
+
+
+def use_grouped_names(trainer: Trainer, samples: list[dict[str, Any]]) -> None:
+    """Put our trackers in the place of the Trainer's own ones.  samples: as `Grouped` takes them."""
+    ours = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker, TrackioCallback: TrackioTracker}
+    for stock, tracker in ours.items():
+        if trainer.pop_callback(stock) is not None:
+            trainer.add_callback(tracker(samples))
