@@ -78,8 +78,6 @@ def trained(tmp_path_factory, base_path, data):
     (folder / "ppo.yaml").write_text(shared + "steps: 2\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
-        monkeypatch.setenv("WANDB_MODE", "offline")
-        monkeypatch.setenv("WANDB_DIR", str(folder))
         monkeypatch.setenv("WANDB_SILENT", "true")
         words = filled(REWARD_COMMAND, model_name=base_path)
         reward_log = start(reward_modeling, ["--config", "reward.yaml", *words], monkeypatch)
@@ -92,8 +90,9 @@ def trained(tmp_path_factory, base_path, data):
             output_dir="ppo",
         )
         # two steps make no reward model that passes its card
-        ppo_log = start(rl_training, ["--config", "ppo.yaml", *words, "--allow_weak_reward", "true"], monkeypatch)
-        wandb.finish()
+        # wandb reads WANDB_DIR once in a process, so the run is opened here; the trainer takes the one that is there
+        with wandb.init(project="tests", dir=folder):
+            ppo_log = start(rl_training, ["--config", "ppo.yaml", *words, "--allow_weak_reward", "true"], monkeypatch)
     return folder, reward_log, ppo_log
 
 
