@@ -1,34 +1,33 @@
-"""Talk to the base with an adapter in the terminal, and switch the adapter on the fly.
+"""Talk to the base with an adapter in the terminal, and switch the adapter on the fly; or to all of them on a page.
 
     python chat.py --base_model_name BASE --adapters SFT=output/sft PPO=output/ppo --reward_model_lora_path output/reward
+    python chat.py --web ...    the same at http://127.0.0.1:7860, side by side; pip install -r requirements-web.txt
 
 Replies appear while they are sampled.  The dialogue is remembered, in the prompt template that the adapters were trained
 with, and loses its oldest turns when it outgrows the base.  The same --seed and the same input give the same replies.
 """
 
 import contextlib
-import unicodedata
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import TextStreamer
 
-from utils.adapters import REWARD, load_base, load_tokenizer, use_adapter
+from utils.adapters import load_base, load_tokenizer
 from utils.answers import (
     AnswerArguments,
+    Talkers,
     answer_sampling,
     check_lineup,
     choose_device,
     load_side_by_side,
     longest_query,
     read_lineup,
-    reply_seed,
-    score_replies,
 )
 from utils.arguments import InputError, parse_arguments, run_script, say
-from utils.data import Message, check_template, encode_prompt
-from utils.rollout import Sampling, sample_replies
+from utils.data import Message, check_template
+from utils.page import printable
+from utils.web_chat import check_gradio, serve
 
 with contextlib.suppress(ImportError):  # not every Python has it
     import readline  # noqa: F401  arrow keys and history in input()
@@ -40,6 +39,21 @@ HELP = """/adapter NAME   answer with this adapter from now on; without a name: 
 /help           this list
 /quit           end (so does Ctrl-D); Ctrl-C stops a reply
 Anything else is said to the model."""
+
+
+@dataclass
+class ChatArguments(AnswerArguments):
+    """Where the talking is done."""
+
+    web: bool = field(
+        default=False, metadata={"help": "A page at 127.0.0.1, with all models side by side, in place of the terminal."}
+    )
+    port: int = field(default=7860, metadata={"help": "Port of that page."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.port < 65536:
+            raise InputError(f"--port is {self.port}; give a number from 1 to 65535")
 
 
 class Answer(NamedTuple):
@@ -61,14 +75,8 @@ class TerminalStreamer(TextStreamer):
 class Session:
     """A running chat: the models, who answers, and what was said."""
 
-    model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    template: str
-    sampling: Sampling
-    longest: int  # tokens of a dialogue
-    adapters: dict[str, list[str]]  # name -> adapters that act under it
+    talkers: Talkers
     current: str
-    seed: int
     turns: list[Message] = field(default_factory=list)  # the dialogue so far; ends with a reply
     before: list[Message] = field(default_factory=list)  # the dialogue in front of the last question
     question: str = ""  # the last one
@@ -77,7 +85,7 @@ class Session:
 
     def ask(self, question: str, names: list[str]) -> None:
         """Let these models answer; the current one, which is among them, has its reply go into the dialogue."""
-        query = self.encode(question)
+        self.turns, query = self.talkers.encode(self.turns, question)
         self.asked += 1
         self.question, self.before, self.last = question, self.turns, []
         for name in names:
@@ -85,8 +93,8 @@ class Session:
                 print(f"--- {name}")
             self.last.append(Answer(name, query, self.reply(name, query)))
         own = next(answer for answer in self.last if answer.name == self.current)
-        text = self.tokenizer.decode(own.reply, skip_special_tokens=True).strip()
-        self.turns = [*self.turns, {"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        reply: Message = {"role": "assistant", "content": self.talkers.text(own.reply)}
+        self.turns = [*self.turns, {"role": "user", "content": question}, reply]
 
     def ask_all(self, question: str) -> None:
         """Let every model answer; without a question the last one again, as if it had not been asked before."""
@@ -96,50 +104,32 @@ class Session:
         if not question:
             question, self.turns = self.question, self.before
             self.asked -= 1
-        self.ask(question, list(self.adapters))
-
-    def encode(self, question: str) -> list[int]:
-        """Ids of the dialogue with this question at its end, without the oldest turns where it is too long.
-
-        Raises InputError when the question alone is.
-        """
-        while True:
-            turns = [*self.turns, {"role": "user", "content": question}]
-            query = encode_prompt(turns, self.template, self.tokenizer)
-            if len(query) <= self.longest:
-                return query
-            if not self.turns:
-                raise InputError(
-                    f"that is {len(query)} tokens, more than the {self.longest} that fit; ask a shorter one"
-                )
-            self.turns = self.turns[2:]
+        self.ask(question, list(self.talkers.adapters))
 
     def reply(self, name: str, query: list[int]) -> list[int]:
         """Sample one reply and print it meanwhile."""
-        streamer = TerminalStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        seed = reply_seed(self.seed, f"{self.asked} {self.question}")
-        with use_adapter(self.model, *self.adapters[name]):
-            return sample_replies(self.model, [query], [seed], self.sampling, streamer)[0]
+        streamer = TerminalStreamer(self.talkers.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return self.talkers.reply(name, query, self.question, self.asked, streamer)
 
     def score(self) -> None:
         """Print the reward model's opinion of the last replies."""
-        if REWARD not in self.model.peft_config:
+        if not self.talkers.can_score:
             print("there is no reward model; start with --reward_model_lora_path FOLDER")
             return
         if not self.last:
             print("nothing to score yet; ask something first")
         for name, query, reply in self.last:
-            (score,) = score_replies(self.model, [query], [reply], self.tokenizer.pad_token_id)
-            print(f"{name}: {score:.3f}")
+            print(f"{name}: {self.talkers.score(query, reply):.3f}")
 
     def switch(self, name: str) -> None:
         """Make `name` the one that answers; without a name, or with an unknown one, list them."""
-        if name in self.adapters:
+        if name in self.talkers.adapters:
             self.current = name
             return
         if name:
             print(f"there is no {name}")
-        print("models: " + ", ".join(f"{known} (now)" if known == self.current else known for known in self.adapters))
+        known = [f"{known} (now)" if known == self.current else known for known in self.talkers.adapters]
+        print("models: " + ", ".join(known))
 
     def obey(self, line: str) -> bool:
         """Do what one line of input says; False when it ends the chat."""
@@ -164,11 +154,6 @@ class Session:
         return True
 
 
-def printable(text: str) -> str:
-    """Text without control characters, which could drive the terminal; line ends and tabs stay."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-
-
 def converse(session: Session) -> None:
     """Read lines until /quit or the end of the input."""
     going = True
@@ -187,7 +172,9 @@ def converse(session: Session) -> None:
 
 def main() -> None:
     # ---- Arguments ----
-    (args,) = parse_arguments((AnswerArguments,), description="Talk to the base with any of several adapters.")
+    (args,) = parse_arguments((ChatArguments,), description="Talk to the base with any of several adapters.")
+    if args.web:
+        check_gradio()
     lineup = read_lineup(args)
     device, dtype = choose_device(args)
 
@@ -203,9 +190,12 @@ def main() -> None:
     model, active = load_side_by_side(base.to(device), lineup.adapters, lineup.reward)
 
     # ---- Chat ----
-    say(f"{args.model_name_or_path} with {', '.join(active)}; /help lists the commands")
-    first = next(iter(lineup.adapters))
-    converse(Session(model, tokenizer, lineup.template, sampling, longest, active, first, args.seed))
+    talkers = Talkers(model, tokenizer, lineup.template, sampling, longest, active, args.seed)
+    if args.web:
+        serve(talkers, args.model_name_or_path, args.port)
+    else:
+        say(f"{args.model_name_or_path} with {', '.join(active)}; /help lists the commands")
+        converse(Session(talkers, current=next(iter(lineup.adapters))))
 
 
 if __name__ == "__main__":

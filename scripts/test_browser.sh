@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Opens the pages that the toolkit writes in headless Chromium: filter, sort, hover, light and dark, hostile texts.
+# Opens the pages of the toolkit in headless Chromium, report.html, compare.html and chat.py --web: filter, sort, hover,
+# light and dark, hostile texts, a chat with several models.
 # Apart from scripts/test.sh because Chromium is no Python package: on Debian and Ubuntu `apt-get install chromium`.
 #   bash scripts/test_browser.sh                arguments go to pytest
 set -euo pipefail
@@ -11,4 +12,4 @@ fi
 source scripts/setup_venv.sh requirements-dev.txt
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest tests/browser/check_report.py "$@"
+python -m pytest tests/browser/check_*.py "$@"

@@ -4,12 +4,19 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
-from tests.helpers import load_plain, make_stages, save_lively_base, strengthen
+from tests.conftest import make_tokenizer
+from tests.helpers import load_with_jobs, make_stages, save_lively_base, strengthen
 from utils.adapters import base_fingerprint
+from utils.answers import answer_sampling, reply_seed
+from utils.data import encode_prompt
+from utils.rollout import sample_replies
 
 TEMPLATE = "Q: {prompt}\nA:"
+LENGTH = 12  # tokens of the longest reply
 
 
 class Lineup(NamedTuple):
@@ -23,7 +30,7 @@ class Lineup(NamedTuple):
 
 def make_lineup(folder: Path) -> Lineup:
     stages = make_stages(save_lively_base(folder / "base"), folder)
-    policy = PeftModel.from_pretrained(load_plain(stages.base), stages.sft)
+    policy = PeftModel.from_pretrained(load_with_jobs(stages.base), stages.sft)
     strengthen(policy, seed=7)
     policy.save_pretrained(folder / "ppo")
     lineup = Lineup(stages.base, stages.sft, str(folder / "ppo"), stages.reward)
@@ -33,5 +40,26 @@ def make_lineup(folder: Path) -> Lineup:
 
 
 def write_run(path: str, base: str, template: str = TEMPLATE) -> None:
-    run = {"base_fingerprint": base_fingerprint(load_plain(base)), "base_model": base, "prompt_template": template}
+    run = {"base_fingerprint": base_fingerprint(load_with_jobs(base)), "base_model": base, "prompt_template": template}
     Path(path, "run.json").write_text(json.dumps(run), encoding="utf-8")
+
+
+def expected(lineup: Lineup, adapter: str | None, dialogue: list[str], asked: int) -> tuple[str, list[int], list[int]]:
+    """Text, query and reply of one model alone; dialogue: questions and replies in turn, a question at the end."""
+    model = load_with_jobs(lineup.base)
+    model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(dialogue)]
+    tokenizer = make_tokenizer()
+    query = encode_prompt(turns, TEMPLATE, tokenizer)
+    seed = reply_seed(0, f"{asked} {dialogue[-1]}")
+    (reply,) = sample_replies(model, [query], [seed], answer_sampling(tokenizer, LENGTH))
+    return tokenizer.decode(reply, skip_special_tokens=True), query, reply
+
+
+def score_of(lineup: Lineup, query: list[int], reply: list[int]) -> float:
+    """The reward model's score of a reply, by transformers and PEFT alone."""
+    base = AutoModelForSequenceClassification.from_pretrained(lineup.base, num_labels=1, dtype=torch.float32)
+    judge = PeftModel.from_pretrained(base, lineup.reward).eval()
+    with torch.no_grad():
+        return float(judge(input_ids=torch.tensor([[*query, *reply]])).logits)

@@ -15,20 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
 from transformers.generation.streamers import BaseStreamer
 
 import chat
 from tests.conftest import make_tokenizer
 from tests.helpers import load_with_jobs
-from tests.lineup import TEMPLATE, Lineup, make_lineup
-from utils.answers import answer_sampling, reply_seed
+from tests.lineup import LENGTH, TEMPLATE, Lineup, expected, make_lineup, score_of
+from utils.answers import Talkers, answer_sampling
 from utils.arguments import run_script
-from utils.data import encode_prompt
 from utils.rollout import sample_replies
 
 ROOT = Path(__file__).resolve().parent.parent
-LENGTH = 12  # tokens of the longest reply
 
 
 @pytest.fixture(scope="module")
@@ -108,28 +105,11 @@ def terminal(lineup: Lineup) -> Iterator[Terminal]:
         terminal.close()
 
 
-def expected(lineup: Lineup, adapter: str | None, dialogue: list[str], asked: int) -> tuple[str, list[int], list[int]]:
-    """Text, query and reply of one model alone; dialogue: questions and replies in turn, a question at the end."""
-    model = load_with_jobs(lineup.base)
-    model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
-    roles = ("user", "assistant")
-    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(dialogue)]
-    tokenizer = make_tokenizer()
-    query = encode_prompt(turns, TEMPLATE, tokenizer)
-    seed = reply_seed(0, f"{asked} {dialogue[-1]}")
-    (reply,) = sample_replies(model, [query], [seed], answer_sampling(tokenizer, LENGTH))
-    return tokenizer.decode(reply, skip_special_tokens=True), query, reply
-
-
 def test_a_conversation(lineup: Lineup, terminal: Terminal) -> None:
     """Two questions, a switch and a score; each reply against the model loaded alone, each score against transformers."""
     first, query, reply = expected(lineup, lineup.sft, ["你好 tea?"], 1)
     assert terminal.ask("你好 tea?") == chat.printable(first) + "\n"
-    base = AutoModelForSequenceClassification.from_pretrained(lineup.base, num_labels=1, dtype=torch.float32)
-    judge = PeftModel.from_pretrained(base, lineup.reward).eval()
-    with torch.no_grad():
-        score = float(judge(input_ids=torch.tensor([[*query, *reply]])).logits)
-    assert terminal.ask("/score") == f"SFT: {score:.3f}\n"
+    assert terminal.ask("/score") == f"SFT: {score_of(lineup, query, reply):.3f}\n"
 
     assert terminal.ask("/adapter v1.5") == ""
     second, _, _ = expected(lineup, lineup.ppo, ["你好 tea?", first.strip(), "dogs"], 2)
@@ -176,7 +156,7 @@ def session(lineup: Lineup, longest: int = 200) -> chat.Session:
     tokenizer = make_tokenizer()
     model = PeftModel.from_pretrained(load_with_jobs(lineup.base), lineup.sft)
     sampling = answer_sampling(tokenizer, LENGTH)
-    return chat.Session(model, tokenizer, TEMPLATE, sampling, longest, {"base": []}, "base", seed=0)
+    return chat.Session(Talkers(model, tokenizer, TEMPLATE, sampling, longest, {"base": []}, seed=0), "base")
 
 
 def test_the_oldest_turns_are_dropped(lineup: Lineup) -> None:
@@ -185,8 +165,8 @@ def test_the_oldest_turns_are_dropped(lineup: Lineup) -> None:
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
     ]
-    query = talk.encode("c")
-    assert talk.tokenizer.decode(query) == "Q: a\nA:b\n\nQ: c\nA:"
+    talk.turns, query = talk.talkers.encode(talk.turns, "c")
+    assert talk.talkers.tokenizer.decode(query) == "Q: a\nA:b\n\nQ: c\nA:"
     assert [turn["content"] for turn in talk.turns] == ["a", "b"]
 
 
@@ -259,3 +239,16 @@ def test_mistakes_are_one_line(lineup: Lineup, monkeypatch: pytest.MonkeyPatch, 
         assert stop.value.code == 2
         assert len(errors) == 1
         assert message in errors[0]
+
+
+def test_the_page_without_gradio_is_one_line(lineup: Lineup, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """tests/browser/check_web.py has the page itself."""
+    monkeypatch.setitem(sys.modules, "gradio", None)  # what Python takes for a package that cannot be imported
+    monkeypatch.setattr(
+        sys, "argv", ["chat.py", "--base_model_name", lineup.base, "--adapters", f"SFT={lineup.sft}", "--web"]
+    )
+    with pytest.raises(SystemExit) as stop:
+        run_script(chat.main)
+    shown = capsys.readouterr()
+    assert stop.value.code == 2
+    assert re.fullmatch(r"error: --web needs Gradio \(.*\); pip install -r requirements-web.txt\n", shown.err)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from utils.adapters import (
     REWARD,
@@ -22,6 +23,7 @@ from utils.adapters import (
     use_adapter,
 )
 from utils.arguments import DEFAULT_TEMPLATE, InputError, ModelArguments
+from utils.data import Message, encode_prompt
 from utils.rollout import Sampling, make_batch, sample_replies
 
 BARE_BASE = "base"  # what the base without an adapter is called
@@ -221,3 +223,55 @@ def answer(
         replies += map(Reply, sampled, texts, scores)
         progress(len(part))
     return replies
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dialogues
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Talkers:
+    """Several models on one base, each of which can go on with a dialogue."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    sampling: Sampling
+    longest: int  # tokens of a dialogue
+    adapters: dict[str, list[str]]  # name -> adapters that act under it
+    seed: int
+
+    def encode(self, turns: list[Message], question: str) -> tuple[list[Message], list[int]]:
+        """The turns that fit in front of this question, the oldest ones dropped, and the ids of the whole dialogue.
+
+        Raises InputError when the question alone does not fit.
+        """
+        while True:
+            query = encode_prompt([*turns, {"role": "user", "content": question}], self.template, self.tokenizer)
+            if len(query) <= self.longest:
+                return turns, query
+            if not turns:
+                raise InputError(
+                    f"that is {len(query)} tokens, more than the {self.longest} that fit; ask a shorter one"
+                )
+            turns = turns[2:]
+
+    def reply(self, name: str, query: list[int], question: str, asked: int, streamer: BaseStreamer) -> list[int]:
+        """One reply of the model `name`, EOS included; asked: number of the question, so that one asked twice gets two."""
+        with use_adapter(self.model, *self.adapters[name]):
+            seed = reply_seed(self.seed, f"{asked} {question}")
+            return sample_replies(self.model, [query], [seed], self.sampling, streamer)[0]
+
+    @property
+    def can_score(self) -> bool:
+        """Whether there is a reward model."""
+        return REWARD in self.model.peft_config
+
+    def score(self, query: list[int], reply: list[int]) -> float:
+        """The reward model's score of a reply."""
+        return score_replies(self.model, [query], [reply], self.tokenizer.pad_token_id)[0]
+
+    def text(self, reply: list[int]) -> str:
+        """A reply as it goes into the dialogue."""
+        return self.tokenizer.decode(reply, skip_special_tokens=True).strip()

@@ -7,6 +7,7 @@ import html
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ def write_page(page: str, path: str) -> None:
 
 def _web_file(name: str) -> str:
     return (WEB / name).read_text(encoding="utf-8")
+
+
+def printable(text: str) -> str:
+    """Text without control characters, which could drive a terminal; line ends and tabs stay."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def markdown_cell(text: str) -> str:

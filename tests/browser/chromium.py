@@ -85,10 +85,10 @@ class Browser:
             self.loaded = True
         return event
 
-    def open(self, file: Path) -> None:
-        """Load a file and wait until it is there."""
+    def open(self, page: Path | str) -> None:
+        """Load a file or an address and wait until it is there."""
         self.loaded = False
-        self.call("Page.navigate", url=file.as_uri())
+        self.call("Page.navigate", url=page.as_uri() if isinstance(page, Path) else page)
         while not self.loaded:
             self.receive()
 
