@@ -77,6 +77,7 @@ class MergeArguments(ModelArguments):
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
+    load_in_4bit: bool = field(default=False, init=False)  # what is rounded to 4 bit cannot take a merge
     adapter_path: str | None = field(default=None, metadata={"help": "Adapter of any stage: SFT, reward or PPO."})
     output_dir: str = field(default="output/merged", metadata={"help": "Folder for the standalone model."})
     as_classifier: bool = field(
@@ -227,6 +228,8 @@ def main() -> None:
     # ---- Model ----
     base = load_base(args, args.dtype)  # "auto" is transformers' own word for the type that the weights are stored in
     check_adapter(adapter, "--adapter_path", args.as_classifier, args.prompt_template, base)
+    if adapter.run.get("arguments", {}).get("load_in_4bit"):
+        say("note: the adapter was trained on the base in 4 bit; it is merged into the base in full precision")
     record = run_record("merged", base, args, adapter=adapter.path, adapter_stage=adapter.run.get("stage"))
     if args.as_classifier:
         enable_jobs(base)

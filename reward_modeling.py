@@ -40,6 +40,7 @@ from utils.adapters import (
     member_folders,
     member_scores,
     new_reward_model,
+    part_size,
     read_adapter,
     saved_key,
 )
@@ -50,6 +51,7 @@ from utils.arguments import (
     InputError,
     LoraArguments,
     ModelArguments,
+    PlanArguments,
     check_numbers,
     check_output_dir,
     choose_precision,
@@ -64,6 +66,7 @@ from utils.checkpoints import resume_path
 from utils.data import check_template, pad_right, tokenize_preferences, train_and_eval_rows
 from utils.degenerate import KINDS, TRAIN_WEIGHT, broken_pairs
 from utils.launch import relaunch_on_all_gpus
+from utils.plan import announce, reward_plan
 from utils.report import RunFiles, run_record
 from utils.reward_card import (
     accuracy,
@@ -78,8 +81,6 @@ from utils.sharding import is_sharded, whole_parameters
 from utils.statistics import wilson_interval
 from utils.steady import SteadyArguments, SteadyTrainer
 from utils.trackers import check_trackers, show_card
-
-SMALLEST_PART = 8  # rows that go through the model together, whatever their lengths
 
 
 @dataclass
@@ -259,8 +260,8 @@ class RewardTrainer(SteadyTrainer):
         sequences = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         ordinary = ~inputs["broken"]
         losses, scores = [], []
-        part_rows = max(SMALLEST_PART, len(sequences["input_ids"]) // 4)
-        for member in member_scores(model, sequences, self.members, part_rows):  # [2B]
+        size = part_size(len(sequences["input_ids"]))
+        for member in member_scores(model, sequences, self.members, size):  # [2B]
             chosen, rejected = member.chunk(2)
             loss = pairwise_loss(chosen, rejected, self.args.center_rewards_coefficient, inputs["margins"])
             if self.args.length_penalty_coefficient:  # a broken reply is short or long for a reason
@@ -427,9 +428,20 @@ def first_rows(rows: Dataset, count: int) -> Dataset:
 
 def main() -> None:
     # ---- Arguments ----
-    model_args, data_args, lora_args, training_args = parse_arguments(
-        (ModelArguments, RewardDataArguments, LoraArguments, RewardArguments), description="Stage 2: LoRA reward model."
+    model_args, data_args, lora_args, training_args, plan_args = parse_arguments(
+        (ModelArguments, RewardDataArguments, LoraArguments, RewardArguments, PlanArguments),
+        description="Stage 2: LoRA reward model.",
     )
+    if plan_args.plan:
+        dtype = choose_precision(model_args, training_args)
+        announce(
+            lambda model, args: reward_plan(model, data_args.max_length, lora_args, args, dtype),
+            model_args,
+            training_args,
+            ["per_device_train_batch_size", "activation_checkpointing", "per_device_eval_batch_size", "load_in_4bit"],
+            only_plan=True,
+        )
+        return
     relaunch_on_all_gpus()
     check_output_dir(training_args)
     check_trackers(training_args)
@@ -456,7 +468,7 @@ def main() -> None:
     )
 
     # ---- Model ----
-    base = load_base(model_args, dtype)
+    base = load_base(model_args, dtype, training_args.device)
     sft = None
     if data_args.sft_model_lora_path is not None:
         sft = read_adapter(data_args.sft_model_lora_path, "--sft_model_lora_path")

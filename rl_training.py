@@ -62,6 +62,7 @@ from utils.arguments import (
     DataArguments,
     InputError,
     ModelArguments,
+    PlanArguments,
     RunError,
     check_evaluation,
     check_numbers,
@@ -78,6 +79,7 @@ from utils.data import check_template, tokenize_prompts, train_and_eval_rows
 from utils.degenerate import find_broken
 from utils.guard import Guard, Limits, floor_scores, measure_replies
 from utils.launch import relaunch_on_all_gpus
+from utils.plan import announce, ppo_plan
 from utils.report import IterationLines, RunFiles, append_jsonl, draw_curves, run_record, write_json
 from utils.reward_card import in_short, read_card
 from utils.rollout import (
@@ -904,6 +906,17 @@ def first_token_ban(words: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int
     return tuple(map(int, ids))
 
 
+def longest_prompt(args: PPOArguments) -> int:
+    """Tokens that --max_length leaves for a prompt.  Raises InputError when that is none."""
+    longest = args.max_length - args.output_max_length
+    if longest < 1:
+        raise InputError(
+            f"--max_length {args.max_length} leaves no room for a prompt beside --output_max_length "
+            f"{args.output_max_length}; raise the first or lower the second"
+        )
+    return longest
+
+
 def number_rows(prompts: Dataset) -> Dataset:
     """Add the column `index`, by which a reply finds its prompt again."""
     return prompts.add_column("index", list(range(len(prompts))))
@@ -911,16 +924,28 @@ def number_rows(prompts: Dataset) -> Dataset:
 
 def main() -> None:
     # ---- Arguments ----
-    model_args, data_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, PPOArguments), description="Stage 3: PPO with adapters on one base."
+    model_args, data_args, training_args, plan_args = parse_arguments(
+        (ModelArguments, DataArguments, PPOArguments, PlanArguments),
+        description="Stage 3: PPO with adapters on one base.",
     )
-    relaunch_on_all_gpus()
-    check_output_dir(training_args)
-    check_trackers(training_args)
+    if not plan_args.plan:
+        relaunch_on_all_gpus()
+        check_output_dir(training_args)
+        check_trackers(training_args)
     checkpoint = resume_path(training_args, "ppo")
     dtype = choose_precision(model_args, training_args)
     sft = read_adapter(training_args.sft_model_lora_path, "--sft_model_lora_path")
     reward = read_adapter(training_args.reward_model_lora_path, "--reward_model_lora_path")
+    longest = longest_prompt(training_args)
+    announce(
+        lambda model, args: ppo_plan(model, args, sft, reward, dtype),
+        model_args,
+        training_args,
+        ["mini_batch_size", "activation_checkpointing", "batch_size", "load_in_4bit"],
+        plan_args.plan,
+    )
+    if plan_args.plan:
+        return
     set_seed(training_args.seed)
 
     # ---- Tokenizer and data ----
@@ -935,12 +960,6 @@ def main() -> None:
         repetition_penalty=training_args.repetition_penalty,
         begin_suppress_tokens=first_token_ban(training_args.begin_suppress_tokens, tokenizer),
     )
-    longest = training_args.max_length - training_args.output_max_length
-    if longest < 1:
-        raise InputError(
-            f"--max_length {training_args.max_length} leaves no room for a prompt beside --output_max_length "
-            f"{training_args.output_max_length}; raise the first or lower the second"
-        )
     train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_PREFERENCES)
     check_evaluation(training_args, eval_rows is not None)
     train_dataset = tokenize_prompts(train_rows, template, tokenizer, longest)
@@ -961,7 +980,7 @@ def main() -> None:
         )
 
     # ---- Model ----
-    base = load_base(model_args, dtype)
+    base = load_base(model_args, dtype, training_args.device)
     check_adapter(sft, "--sft_model_lora_path", False, template, base)
     check_adapter(reward, "--reward_model_lora_path", True, template, base)
     statistics = read_statistics(reward, training_args.allow_weak_reward)

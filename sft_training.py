@@ -19,6 +19,7 @@ from utils.arguments import (
     DataArguments,
     LoraArguments,
     ModelArguments,
+    PlanArguments,
     check_evaluation,
     check_output_dir,
     choose_precision,
@@ -30,6 +31,7 @@ from utils.arguments import (
 from utils.checkpoints import resume_path
 from utils.data import check_template, tokenize_sft, train_and_eval_rows
 from utils.launch import relaunch_on_all_gpus
+from utils.plan import announce, sft_plan
 from utils.report import RunFiles, run_record
 from utils.steady import SteadyArguments, SteadyTrainer
 from utils.trackers import check_trackers
@@ -68,9 +70,20 @@ class SteadySFTTrainer(SteadyTrainer, SFTTrainer):
 
 def main() -> None:
     # ---- Arguments ----
-    model_args, data_args, lora_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, LoraArguments, SFTArguments), description="Stage 1: LoRA SFT."
+    model_args, data_args, lora_args, training_args, plan_args = parse_arguments(
+        (ModelArguments, DataArguments, LoraArguments, SFTArguments, PlanArguments), description="Stage 1: LoRA SFT."
     )
+    if plan_args.plan:
+        dtype = choose_precision(model_args, training_args)
+        evaluates = data_args.eval_dataset is not None or data_args.eval_fraction > 0
+        announce(
+            lambda model, args: sft_plan(model, lora_args, args, dtype, evaluates),
+            model_args,
+            training_args,
+            ["per_device_train_batch_size", "activation_checkpointing", "per_device_eval_batch_size", "load_in_4bit"],
+            only_plan=True,
+        )
+        return
     relaunch_on_all_gpus()
     check_output_dir(training_args)
     check_trackers(training_args)
@@ -88,7 +101,7 @@ def main() -> None:
     eval_dataset = eval_rows and tokenize_sft(eval_rows, template, tokenizer, training_args.max_length)
 
     # ---- Model ----
-    base = load_base(model_args, dtype)
+    base = load_base(model_args, dtype, training_args.device)
     record = run_record("sft", base, model_args, training_args, data=asdict(data_args), lora=asdict(lora_args))
 
     # ---- Training ----
@@ -101,6 +114,11 @@ def main() -> None:
         peft_config=new_lora_config(lora_args, base, "CAUSAL_LM"),
         callbacks=[RunFiles(record)],
     )
+    for (
+        parameter
+    ) in trainer.model.parameters():  # TRL makes the adapter of a 4-bit base bfloat16, where small steps vanish
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     trainer.train(resume_from_checkpoint=checkpoint)
     if eval_dataset is not None:
         trainer.evaluate()

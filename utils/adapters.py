@@ -9,6 +9,7 @@ care of parameters that are used there.
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
@@ -28,6 +29,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -41,6 +43,7 @@ from utils.sharding import fill_parameters, is_sharded
 
 POLICY, REFERENCE, REWARD = "default", "reference", "reward"  # PEFT saves "default" at the root of a folder
 CRITIC = "critic"  # and others in a folder of their name
+SMALLEST_PART = 8  # rows that go through the model together, whatever their lengths
 MEMBER = "member"  # further adapters of a reward ensemble: member1, member2 ...
 VALUE_HEAD_FILE = "value_head.safetensors"
 # What torch, PEFT, transformers and safetensors raise for files that are cut or damaged, or of another model.
@@ -113,14 +116,9 @@ def remote_code(name: str) -> list[str]:
     return sorted(classes)
 
 
-def load_base(model_args: ModelArguments, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The base as a causal language model, in eval mode, nothing trainable.  Raises InputError when it cannot be loaded.
-
-    Only safetensors are read: other formats are pickles, which can run code.  dtype: "auto" is the type that the weights
-    are stored in.
-    """
+def base_config(model_args: ModelArguments) -> PreTrainedConfig:
+    """Configuration of the base.  Raises InputError when it cannot be read."""
     name = model_args.model_name_or_path
-    options = {"trust_remote_code": model_args.trust_remote_code}
     refuse_baichuan(name)
     if os.path.isdir(name) and not any(file.endswith(".safetensors") for file in os.listdir(name)):
         raise InputError(
@@ -128,11 +126,38 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype | str) -> PreTraine
             "download or save it as safetensors"
         )
     try:
-        AutoConfig.from_pretrained(name, **options)  # a readable complaint before gigabytes are read
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        return AutoConfig.from_pretrained(name, trust_remote_code=model_args.trust_remote_code)
     except (*BROKEN_MODEL, OSError, ImportError) as error:
+        raise _cannot_load("the base model", name, error) from error
+
+
+def load_base(
+    model_args: ModelArguments, dtype: torch.dtype | str, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The base as a causal language model, in eval mode, nothing trainable.  Raises InputError when it cannot be loaded.
+
+    Only safetensors are read: other formats are pickles, which can run code.  dtype: "auto" is the type that the weights
+    are stored in.  device: where a base in 4 bit goes, by default the GPU where there is one; any other base is loaded to
+    the CPU.
+    """
+    name = model_args.model_name_or_path
+    base_config(model_args)  # a readable complaint before gigabytes are read
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model_args.trust_remote_code}
+    if model_args.load_in_4bit:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError("--load_in_4bit needs bitsandbytes; run `pip install -r requirements-4bit.txt`")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = None if device is None else {"": device}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (*BROKEN_MODEL, OSError, ImportError) as error:  # bitsandbytes, too, where it cannot use this machine
         raise _cannot_load("the base model", name, error) from error
     if report["missing_keys"]:  # transformers would train on with random numbers in their place
         missing = sorted(report["missing_keys"])
@@ -140,6 +165,11 @@ def load_base(model_args: ModelArguments, dtype: torch.dtype | str) -> PreTraine
             f"the base model {name} is not complete: it has no weights for {missing[0]} and {len(missing) - 1} more; "
             "download it again"
         )
+    for module in model.modules():
+        # On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights the first time that no gradient is wanted, and
+        # from then on lets no gradient through it, nor float32.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     # A model's own generation defaults (Qwen's repetition_penalty, top_p ...) must not change what PPO samples.
     model.generation_config = GenerationConfig(
         bos_token_id=model.generation_config.bos_token_id, eos_token_id=model.generation_config.eos_token_id
@@ -306,6 +336,11 @@ def member_folders(folder: str) -> list[str]:
     while os.path.isdir(os.path.join(folder, f"{MEMBER}{len(folders)}")):
         folders.append(os.path.join(folder, f"{MEMBER}{len(folders)}"))
     return folders
+
+
+def part_size(rows: int) -> int:
+    """So many of `rows` rows are worth a pass of their own, to save the padding that only the longest ones need."""
+    return max(SMALLEST_PART, rows // 4)
 
 
 def member_scores(

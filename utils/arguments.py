@@ -98,6 +98,12 @@ class ModelArguments:
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Hold the base in 4 bit (NF4); adapters and heads stay float32.  Needs requirements-4bit.txt."
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow the base model's folder to run its own Python code."}
     )
@@ -158,6 +164,15 @@ class LoraArguments:
             raise InputError(f"--lora_r {self.lora_r} and --lora_alpha {self.lora_alpha} have to be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"--lora_dropout is {self.lora_dropout}; give a share from 0 up to, not including, 1")
+
+
+@dataclass
+class PlanArguments:
+    """Whether to train at all."""
+
+    plan: bool = field(
+        default=False, metadata={"help": "Only print how much memory the run would need, part by part; writes nothing."}
+    )
 
 
 class _Parser(HfArgumentParser):
