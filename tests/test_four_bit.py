@@ -246,5 +246,5 @@ def test_a_machine_that_bitsandbytes_cannot_use_is_one_line(lively, monkeypatch)
         raise RuntimeError("None of the available devices\nis supported")
 
     monkeypatch.setattr("transformers.integrations.validate_bnb_backend_availability", no_device)
-    with pytest.raises(InputError, match="cannot load the base model .*None of the available devices is supported"):
+    with pytest.raises(InputError, match=r"cannot load the base model .*None of the available devices is supported"):
         load_4bit(lively.base)
