@@ -83,6 +83,8 @@ from utils.plan import announce, ppo_plan
 from utils.report import IterationLines, RunFiles, append_jsonl, draw_curves, run_record, write_json
 from utils.reward_card import in_short, read_card
 from utils.rollout import (
+    PASS_OVERHEAD,
+    PASS_TOKENS,
     Batch,
     ReplyStatistics,
     Sampling,
@@ -98,10 +100,6 @@ from utils.steady import SteadyArguments, SteadyTrainer
 from utils.trackers import check_trackers, use_grouped_names
 
 STATE_FILE = "ppo_state.json"
-# What a layer costs in a forward and backward pass before its first token, in floating-point operations: the time that
-# starting some hundred small operations takes, at the rate of large ones.
-PASS_OVERHEAD = {"cpu": 1e8, "cuda": 1e11}
-PASS_TOKENS = {"cpu": 512, "cuda": 2**31}  # more tokens in a pass make a CPU no faster and need more memory
 BEST = "best"
 # What may be NaN or infinite in a batch of replies, and what to do about it.
 OF_POLICY = (

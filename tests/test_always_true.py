@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 from trl import SFTConfig, SFTTrainer
 
-import rl_training
 from rl_training import Experience, PPOTrainer, ScoreStatistics, read_statistics
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.helpers import (
@@ -465,7 +464,7 @@ def test_the_gradient_is_that_of_a_plain_implementation(
     loss written out as in the papers.
     """
     monkeypatch.setitem(rollout.LOGIT_CHUNK, "cpu", 5 * 320)
-    monkeypatch.setitem(rl_training.PASS_OVERHEAD, "cpu", 0.0)  # one length a part
+    monkeypatch.setitem(rollout.PASS_OVERHEAD, "cpu", 0.0)  # one length a part
     settings = {"ppo_epochs": 1, "max_grad_norm": 0.0, "mini_batch_size": 8, **arguments}
     trainer = make_ppo_trainer(stages, tmp_path, **settings)
     experience = ragged_experience(trainer)

@@ -28,6 +28,11 @@ from utils.sharding import is_sharded
 # from the operating system and given back each time.  A GPU needs some hundred rows to be busy.
 LOGIT_CHUNK = {"cpu": 2**22, "cuda": 2**25}
 
+# What a layer costs in a forward and backward pass before its first token, in floating-point operations: the time that
+# starting some hundred small operations takes, at the rate of large ones.
+PASS_OVERHEAD = {"cpu": 1e8, "cuda": 1e11}
+PASS_TOKENS = {"cpu": 512, "cuda": 2**31}  # more tokens in a pass make a CPU no faster and need more memory
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -303,6 +308,11 @@ def check_output_logits(model: PeftModel) -> None:
         )
 
 
+def logit_rows(device: torch.device, vocabulary: int) -> int:
+    """Rows of logits [n, V] that are held at once, at least one."""
+    return max(1, LOGIT_CHUNK.get(device.type, LOGIT_CHUNK["cuda"]) // vocabulary)
+
+
 def entropies(logprobs: Tensor) -> Tensor:
     """Entropy of each distribution in nats, [N]; logprobs [N, V].  A suppressed token has probability 0 and adds nothing."""
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0)).sum(-1)
@@ -358,7 +368,7 @@ def reply_job(batch: Batch, sampling: Sampling, with_values: bool, with_entropy:
                 entropy.append(entropies(logprobs.detach()))
             return logprobs.gather(1, tokens[part, None]).squeeze(1)
 
-        chunk = max(1, LOGIT_CHUNK.get(states.device.type, LOGIT_CHUNK["cuda"]) // vocabulary)
+        chunk = logit_rows(states.device, vocabulary)
         parts = [slice(start, start + chunk) for start in range(0, len(tokens), chunk)]
         if not torch.is_grad_enabled():
             logprobs = torch.cat([token_logprobs(part, states[part]) for part in parts])
