@@ -24,9 +24,8 @@ from utils.answers import (
     longest_query,
     read_lineup,
 )
-from utils.arguments import InputError, parse_arguments, run_script, say
+from utils.arguments import InputError, parse_arguments, printable, run_script, say
 from utils.data import Message, check_template
-from utils.page import printable
 from utils.web_chat import check_gradio, serve
 
 with contextlib.suppress(ImportError):  # not every Python has it
@@ -167,7 +166,7 @@ def converse(session: Session) -> None:
         except KeyboardInterrupt:
             print("\n(stopped; /quit ends the chat)")
         except InputError as error:
-            print(f"error: {error}")
+            print(printable(f"error: {error}"))
 
 
 def main() -> None:

@@ -47,6 +47,8 @@ DATA = {  # data files, by name without their ending
     "half_emoji.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "\\ud83d", "response": "b"}\n',
     "latin.jsonl": b'{"prompt": "a", "response": "b"}\n' + '{"prompt": "é", "response": "b"}\n'.encode("latin-1"),
     "latin.csv": "prompt,response\né,ü\n".encode("latin-1"),
+    "null.jsonl": b"null",  # of which pyarrow dies
+    "null.json": b'[{"prompt": "a", "response": "b"}, null]',
     "twice.jsonl": b'{"prompt": "a", "prompt": "c", "response": "b"}\n',
     "number.json": b"42",
     "half_array.json": b'[{"prompt": "a", "response": "b"}, {"pro',
@@ -302,7 +304,9 @@ CASES = [  # name, script, changes, message (paths and regular expression)
         "reward", "half_jsonl", READ % "half_jsonl" + r"line 1 is not JSON.*Unterminated string.*correct the file"
     ),
     *(wrong_data(script, "cut_line_jsonl", READ % "cut_line_jsonl" + r"line 3 is not JSON") for script in TRAINING),
-    wrong_data("sft", "list_line_jsonl", READ % "list_line_jsonl" + r"line 2 holds a list, not an object"),
+    wrong_data("sft", "list_line_jsonl", READ % "list_line_jsonl" + r"line 2 holds list, not an object"),
+    wrong_data("sft", "null_jsonl", READ % "null_jsonl" + r"line 1 holds NoneType, not an object"),
+    wrong_data("sft", "null_json", READ % "null_json" + r"element 2 holds NoneType, not an object"),
     wrong_data("sft", "half_emoji_jsonl", READ % "half_emoji_jsonl" + r"line 2 is not JSON in UTF-8"),
     wrong_data("sft", "latin_jsonl", READ % "latin_jsonl" + r"line 2 is not JSON in UTF-8"),
     wrong_data("sft", "latin_csv", READ % "latin_csv" + r".*utf-8"),

@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -21,6 +22,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 DEFAULT_TEMPLATE = "问：{prompt}\n\n答："
 DEFAULT_PREFERENCES = "beyond/rlhf-reward-single-round-trans_chinese"  # the article's reward data and PPO prompts
+
+BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class InputError(Exception):
@@ -49,10 +52,18 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def printable(text: str) -> str:
+    """Text without what drives a terminal or turns the order of a line around; line ends and tabs stay.
+
+    Replies, and names and values out of downloaded files, may hold anything.
+    """
+    return "".join(c for c in text if c in "\n\t" or not (unicodedata.category(c) == "Cc" or c in BIDI_CONTROLS))
+
+
 def say(line: str) -> None:
     """One line for the user on stderr, from the first process alone."""
     if is_main_process():
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def check_numbers(args: Any, above_0: str = "", from_0: str = "", shares: str = "", finite: str = "") -> None:
@@ -339,7 +350,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except Preempted as stop:
         say(str(stop))

@@ -5,6 +5,7 @@ So SFT, the reward model and PPO see the same ids for the same prompt and reply,
 at the seam, and the query of a PPO rollout is exactly the query that SFT was trained on.
 """
 
+import codecs
 import hashlib
 import json
 import math
@@ -52,6 +53,8 @@ def read_dataset(name: str, split: str = "train", data_dir: str | None = None) -
                 raise InputError(f"{name} ends in {suffix or 'nothing'}; give one of {', '.join(FILE_FORMATS)}")
             if os.path.getsize(name) == 0:
                 raise InputError(f"the dataset {name} is an empty file; give one that has rows")
+            if FILE_FORMATS[suffix] == "json":
+                check_json(name)
             rows = load_dataset(FILE_FORMATS[suffix], data_files=name, split="train")
         elif os.path.isdir(name) and any(
             os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json")
@@ -59,7 +62,7 @@ def read_dataset(name: str, split: str = "train", data_dir: str | None = None) -
             rows = load_from_disk(name)
             if isinstance(rows, DatasetDict):
                 rows = rows[split]
-        elif suffix in FILE_FORMATS or name.startswith((".", "/", "~")):
+        elif not os.path.isdir(name) and (suffix in FILE_FORMATS or name.startswith((".", "/", "~"))):
             raise InputError(f"there is no file or folder {name}; check --dataset")
         else:
             rows = load_dataset(name, data_dir=data_dir, split=split)
@@ -69,8 +72,7 @@ def read_dataset(name: str, split: str = "train", data_dir: str | None = None) -
         if "corresponds to no data" in str(error) or isinstance(error, IndexError):
             raise InputError(f"the dataset {name} has no rows; give one that has") from error
         # DatasetGenerationError says nothing itself: what was wrong with the content is in its cause
-        reason = broken_line(name) if suffix == ".jsonl" and os.path.isfile(name) else None
-        reason = reason or one_line(error.__cause__ or error)
+        reason = one_line(error.__cause__ or error)
         raise InputError(f"cannot read the dataset {name}: {reason}; check the name, or correct the file") from error
     if len(rows) == 0:
         raise InputError(f"the dataset {name} has no rows; give one that has")
@@ -83,18 +85,36 @@ def read_dataset(name: str, split: str = "train", data_dir: str | None = None) -
 READ_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, DatasetGenerationError)
 
 
-def broken_line(path: str) -> str | None:
-    """Number and fault of the first line of a .jsonl file that is no JSON object in UTF-8; None where all are."""
+def check_json(path: str) -> None:
+    """Raise InputError unless a file holds JSON objects in UTF-8: one a line, or in a .json file all in one array.
+
+    pyarrow, which reads the file next, names no lines, and crashes without an exception where one holds `null`.
+    """
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        rows = _json_array(file.read()) if path.lower().endswith(".json") else None
+        file.seek(0)
+        for number, item in enumerate(file if rows is None else rows, 1):
+            place, fault, row = f"{'line' if rows is None else 'element'} {number}", None, item
             try:
-                row = json.loads(line) if line.strip() else {}
+                if rows is None:
+                    row = json.loads(item.removeprefix(codecs.BOM_UTF8)) if item.strip() else {}
                 json.dumps(row, ensure_ascii=False).encode()  # half of an emoji's pair of \u is no text
             except (ValueError, RecursionError) as error:
-                return f"line {number} is not JSON in UTF-8 ({one_line(error)})"
-            if not isinstance(row, dict):
-                return f"line {number} holds a {type(row).__name__}, not an object with the columns"
-    return None
+                fault = f"is not JSON in UTF-8 ({one_line(error)})"
+            else:
+                if not isinstance(row, dict):
+                    fault = f"holds {type(row).__name__}, not an object with the columns"
+            if fault is not None:
+                raise InputError(f"cannot read the dataset {path}: {place} {fault}; correct the file")
+
+
+def _json_array(content: bytes) -> list[Any] | None:
+    """The elements of a JSON array, or a lone value as the only one; None where the content is not one value."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) else [value]
 
 
 def train_and_eval_rows(data: DataArguments, default: str) -> tuple[Dataset, Dataset | None]:

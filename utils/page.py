@@ -7,10 +7,11 @@ import html
 import json
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from utils.arguments import printable
 
 WEB = Path(__file__).parent / "web"
 # The browser itself is told to fetch nothing, whatever a prompt may hold.
@@ -72,14 +73,9 @@ def _web_file(name: str) -> str:
     return (WEB / name).read_text(encoding="utf-8")
 
 
-def printable(text: str) -> str:
-    """Text without control characters, which could drive a terminal; line ends and tabs stay."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
-
-
 def markdown_cell(text: str) -> str:
     """Text that a Markdown table shows as it is, in one cell: no markup, no HTML, no column or row ends in it."""
-    text = html.escape(text, quote=False).replace("|", "&#124;")
+    text = html.escape(printable(text), quote=False).replace("|", "&#124;")
     text = re.sub(r"([\\`*_\[\]~$])", r"\\\1", text)
     return "<br>".join(text.splitlines())
 

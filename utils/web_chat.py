@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from utils.answers import Talkers
-from utils.arguments import InputError, say
+from utils.arguments import InputError, printable, say
 from utils.data import Message
-from utils.page import WEB, printable
+from utils.page import WEB
 
 PENDING = "…"  # note below a reply that is being sampled
 ADDRESS = "127.0.0.1"  # this machine alone: there is no password

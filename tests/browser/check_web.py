@@ -14,7 +14,7 @@ import pytest
 
 from tests.browser.chromium import Browser
 from tests.lineup import LENGTH, Lineup, expected, make_lineup, score_of
-from utils.page import printable
+from utils.arguments import printable
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\"> ${1+1} {{1+1}}"
