@@ -120,17 +120,24 @@ def base_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_base(tmp_path_factory.mktemp("base"))
 
 
+WORDS = ["苹果", "香蕉", "西瓜", "tea", "coffee", "soup", "熊猫", "cats", "dogs", "火锅", "bread", "rice"]
+
+
+def write_sft(path: Path) -> str:
+    rows = [{"prompt": f"{word} 好吗？", "response": f"{word} 很好" + "吃" * (i % 4)} for i, word in enumerate(WORDS)]
+    return write_rows(path, rows)
+
+
+def write_preferences(path: Path) -> str:
+    pairs = [
+        {"prompt": f"What about {word}?", "chosen": f"{word} is good!" + "!" * (i % 3), "rejected": "no" * (1 + i % 5)}
+        for i, word in enumerate(WORDS * 2)
+    ]
+    return write_rows(path, pairs)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Paths of small SFT and preference files with the usual column names."""
     folder = tmp_path_factory.mktemp("data")
-    words = ["苹果", "香蕉", "西瓜", "tea", "coffee", "soup", "熊猫", "cats", "dogs", "火锅", "bread", "rice"]
-    sft = [{"prompt": f"{word} 好吗？", "response": f"{word} 很好" + "吃" * (i % 4)} for i, word in enumerate(words)]
-    pairs = [
-        {"prompt": f"What about {word}?", "chosen": f"{word} is good!" + "!" * (i % 3), "rejected": "no" * (1 + i % 5)}
-        for i, word in enumerate(words * 2)
-    ]
-    return {
-        "sft": write_rows(folder / "sft.jsonl", sft),
-        "preferences": write_rows(folder / "preferences.jsonl", pairs),
-    }
+    return {"sft": write_sft(folder / "sft.jsonl"), "preferences": write_preferences(folder / "preferences.jsonl")}

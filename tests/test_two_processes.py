@@ -6,6 +6,7 @@ a part of the parameters only (tests/sharded.py); tests/stress/sharded.py does t
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,33 @@ def torchrun(*words: str, **environment: str) -> subprocess.CompletedProcess:
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     return result
+
+
+def two_machines(*words: str) -> None:
+    """The command on two machines as configs/accelerate/multi_node.yaml says: two launchers with one process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/multi_node.yaml"]
+    launch += ["--num_processes", "2", "--main_process_port", str(port)]
+    machines = [
+        subprocess.Popen(
+            [*launch, "--machine_rank", rank, *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        shown = [machine.communicate(timeout=300)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(text[-4000:] for text in shown)
 
 
 def changed(arguments: list[str], **values: object) -> list[str]:
@@ -145,9 +173,7 @@ def outputs(stages: Stages, data: dict[str, str], tmp_path_factory: pytest.TempP
     commands = make_commands(stages, data, root)
     for name in ALONE:
         run_alone(name, commands[name], root / f"{name} alone")
-    torchrun(
-        *command_of_two("accumulation", commands["accumulation"], root / "accumulation two")
-    )  # as a user writes it
+    two_machines(*command_of_two("accumulation", commands["accumulation"], root / "accumulation two"))
     jobs, runner = root / "jobs.json", root / "runner.py"
     together = [
         command_of_two(name, commands[name], root / f"{name} two") for name in SCRIPTS if name != "accumulation"
@@ -185,7 +211,7 @@ def test_ppo_gives_the_same_numbers_in_one_process_and_in_two(outputs: Path, nam
     """Whitening, token means, seeds and the order of rows a process instead of a run have all been seen in the field.
 
     8 replies an iteration out of 12 prompts, so each epoch of prompts leaves some over, and they have to be the same.
-    accumulation: one optimizer step an epoch of 4 + 4 rows.  several steps: two of 2 + 2.
+    accumulation: one optimizer step an epoch of 4 + 4 rows, on two machines.  several steps: two of 2 + 2.
     fsdp2: what one process saved was its own part of each tensor, and only that process knew, so that the next forward pass
     of the two did not fit together.
     """
@@ -215,7 +241,7 @@ def test_there_were_two_processes(outputs: Path) -> None:
     """`accelerate launch --cpu --num_processes 2` runs one process without a word: then all of this shows nothing."""
     for name in ("several steps", "critic", "reward", "sft"):
         assert [(outputs / f"{name} two" / f"world_{rank}.txt").read_text() for rank in (0, 1)] == ["2", "2"]
-    # started as a user would: the Trainer's state of each process
+    # on two machines, as a user would start it: the Trainer's state of each process
     assert (outputs / "accumulation two" / "checkpoint-3" / "rng_state_1.pth").is_file()
 
 

@@ -39,7 +39,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME
 
 from utils.arguments import InputError, LoraArguments, ModelArguments, one_line, say
-from utils.sharding import fill_parameters, is_sharded
+from utils.sharding import fill_parameters, is_sharded, loading_whole
 
 POLICY, REFERENCE, REWARD = "default", "reference", "reward"  # PEFT saves "default" at the root of a folder
 CRITIC = "critic"  # and others in a folder of their name
@@ -154,9 +154,10 @@ def load_base(
         )
         options["device_map"] = None if device is None else {"": device}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, **options
-        )
+        with loading_whole():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name, use_safetensors=True, output_loading_info=True, **options
+            )
     except (*BROKEN_MODEL, OSError, ImportError) as error:  # bitsandbytes, too, where it cannot use this machine
         raise _cannot_load("the base model", name, error) from error
     if report["missing_keys"]:  # transformers would train on with random numbers in their place

@@ -4,13 +4,14 @@ On a model that lies whole in every process the functions do what their names sa
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.integrations import deepspeed as deepspeed_integration
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -32,6 +33,22 @@ def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextlib.contextmanager
+def loading_whole() -> Iterator[None]:
+    """ZeRO-3: let from_pretrained load whole weights inside the block, instead of spreading them over the processes at once.
+
+    Heads and adapters are put on a whole model, and the base's fingerprint is read from one; the Trainer spreads it later.
+    """
+    config = deepspeed_integration._hf_deepspeed_config_weak_ref  # there is no public way to read it
+    config = None if config is None else config()
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed_integration.set_hf_deepspeed_config(config)
 
 
 @torch.no_grad()
