@@ -36,6 +36,7 @@ from utils.adapters import (
     enable_jobs,
     load_base,
     load_tokenizer,
+    member_folders,
     read_adapter,
     read_json_object,
     score_job,
@@ -99,6 +100,12 @@ def check_kind(adapter: SavedAdapter, as_classifier: bool) -> None:
     if as_classifier and not adapter.has_score_head:
         raise InputError(
             f"--adapter_path {adapter.path} holds no score head, so it is no reward adapter; leave out --as_classifier"
+        )
+    members = len(member_folders(adapter.path))
+    if members > 1:
+        say(
+            f"warning: {adapter.path} is an ensemble of {members} adapters; the classifier is the first of them alone, "
+            "without the penalty for disagreement"
         )
 
 

@@ -77,7 +77,7 @@ from utils.reward_card import (
     verdict,
     write_card,
 )
-from utils.sharding import is_sharded, whole_parameters
+from utils.sharding import check_state_dict, is_sharded, whole_parameters
 from utils.statistics import wilson_interval
 from utils.steady import SteadyArguments, SteadyTrainer
 from utils.trackers import check_trackers, show_card
@@ -488,6 +488,7 @@ def main() -> None:
         callbacks=[RunFiles(record)],
         members=members,
     )
+    check_state_dict(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()

@@ -33,6 +33,7 @@ from utils.data import check_template, tokenize_sft, train_and_eval_rows
 from utils.launch import relaunch_on_all_gpus
 from utils.plan import announce, sft_plan
 from utils.report import RunFiles, run_record
+from utils.sharding import check_state_dict
 from utils.steady import SteadyArguments, SteadyTrainer
 from utils.trackers import check_trackers
 
@@ -114,11 +115,10 @@ def main() -> None:
         peft_config=new_lora_config(lora_args, base, "CAUSAL_LM"),
         callbacks=[RunFiles(record)],
     )
-    for (
-        parameter
-    ) in trainer.model.parameters():  # TRL makes the adapter of a 4-bit base bfloat16, where small steps vanish
+    for parameter in trainer.model.parameters():  # TRL makes a 4-bit base's adapter bfloat16, where small steps vanish
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    check_state_dict(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     if eval_dataset is not None:
         trainer.evaluate()

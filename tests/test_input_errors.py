@@ -8,11 +8,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedTokenizerFast
 
 import compare
@@ -25,6 +27,7 @@ from tests.helpers import load_plain, make_stages, save_sft
 from utils.adapters import base_fingerprint
 from utils.arguments import DEFAULT_TEMPLATE, DataArguments, InputError, check_new_folder, run_script
 from utils.data import read_dataset, tokenize_preferences, tokenize_prompts, tokenize_sft, train_and_eval_rows
+from utils.sharding import check_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
@@ -247,8 +250,8 @@ def paths(tmp_path_factory, base_path, data):
 
 
 DEFAULTS = {  # what a right command says; a case changes some of it, None takes it away
-    "sft": {"model_name": "{base}", "dataset": "{sft_data}"},
-    "reward": {"model_name": "{base}", "dataset": "{preferences}", "eval_fraction": "0.3"},
+    "sft": {"model_name": "{base}", "dataset": "{sft_data}", "use_cpu": "true"},
+    "reward": {"model_name": "{base}", "dataset": "{preferences}", "eval_fraction": "0.3", "use_cpu": "true"},
     "ppo": {
         "model_name": "{base}",
         "dataset": "{preferences}",
@@ -256,6 +259,7 @@ DEFAULTS = {  # what a right command says; a case changes some of it, None takes
         "reward_model_lora_path": "{reward}",
         "allow_weak_reward": "true",
         "batch_size": "4",
+        "use_cpu": "true",
     },
     "merge": {"model_name": "{base}", "adapter_path": "{sft}"},
     "compare": {"model_name": "{base}", "adapters": "SFT={sft}", "prompts": "hi"},
@@ -597,6 +601,15 @@ CASES = [  # name, script, changes, message (paths and regular expression)
     ),
     # ---- The environment ----
     wrong_value("sft", "fp16", "true", r"--fp16 true needs a GPU; leave it out on a CPU"),
+    *(
+        (
+            f"bf16 without a GPU, {script}",
+            script,
+            {"bf16": "true", "use_cpu": "false"},
+            r"doesn't support bf16/gpu.*use_cpu",
+        )
+        for script in TRAINING
+    ),
     wrong_value("sft", "tf32", "true", r"tf32"),
     wrong_value("sft", "deepspeed", "no/such.json", r"no/such.json|deepspeed"),
     wrong_value("sft", "output_dir", "{rows_txt}/out", r"cannot be made: no write access to {rows_txt}; give another"),
@@ -611,8 +624,7 @@ def fill(text, paths, quote=str):
 def command(script, changes, paths, output_dir):
     words = {**DEFAULTS[script], "output_dir": str(output_dir), **changes}
     pairs = [(f"--{name}", fill(value, paths)) for name, value in words.items() if value is not None]
-    on_cpu = ["--use_cpu", "true"] if script in TRAINING else []
-    return [word for pair in pairs for word in pair] + on_cpu
+    return [word for pair in pairs for word in pair]
 
 
 def check(returncode, stderr, message):
@@ -818,3 +830,16 @@ def test_a_chat_template_that_refuses_a_dialogue(tokenizer):
         InputError, match=r"chat template refuses a dialogue \(user, user\): roles must alternate; correct"
     ):
         tokenize_sft(rows, "chat", strict, 200)
+
+
+def test_a_state_dict_that_only_fsdp_can_read():
+    """The Trainer then writes no adapter_model.safetensors, and says nothing."""
+
+    def trainer(kind):
+        plugin = SimpleNamespace(state_dict_type=kind)
+        return SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+
+    check_state_dict(trainer(StateDictType.FULL_STATE_DICT))
+    check_state_dict(SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace())))
+    with pytest.raises(InputError, match="SHARDED_STATE_DICT no adapter would be written; set it to FULL_STATE_DICT"):
+        check_state_dict(trainer(StateDictType.SHARDED_STATE_DICT))

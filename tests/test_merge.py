@@ -17,9 +17,17 @@ from transformers.utils import logging
 
 import merge_lora
 from tests.conftest import make_model, make_tokenizer, save_base
-from tests.helpers import Stages, load_plain, make_stages
-from utils.adapters import REWARD, add_score_head, assemble_ppo_model, base_fingerprint, read_adapter, score_job
-from utils.arguments import run_script
+from tests.helpers import Stages, load_plain, make_stages, strengthen
+from utils.adapters import (
+    REWARD,
+    add_score_head,
+    assemble_ppo_model,
+    base_fingerprint,
+    new_reward_model,
+    read_adapter,
+    score_job,
+)
+from utils.arguments import LoraArguments, run_script
 
 CAUSAL_FILES = {
     "config.json",
@@ -158,6 +166,21 @@ def check_classifier(folder: Path, expected: torch.Tensor, pad_token: str) -> No
         scores = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
     assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     assert expected.std() > 0.005  # equal scores would prove nothing
+
+
+def test_an_ensemble_becomes_its_first_member_and_says_so(stages, tmp_path, merge, capsys):
+    """A stock classifier has one head.  Scores that silently are another model's would be worse than a refusal."""
+    model, _ = new_reward_model(load_plain(stages.base), LoraArguments(lora_r=4, lora_alpha=8), seed=5, ensemble_size=3)
+    strengthen(model, seed=5)
+    model.save_pretrained(tmp_path / "ensemble")
+    merge(stages.base, str(tmp_path / "ensemble"), tmp_path / "judge", "--as_classifier")
+    assert "warning: " + str(tmp_path / "ensemble") + " is an ensemble of 3 adapters" in capsys.readouterr().err
+    first = shutil.copytree(tmp_path / "ensemble", tmp_path / "first")
+    for member in ("member1", "member2"):
+        shutil.rmtree(first / member)
+    check_classifier(tmp_path / "judge", toolkit_scores(stages._replace(reward=str(first))), pad_token="<pad>")
+    merge(stages.base, stages.reward, tmp_path / "single", "--as_classifier")
+    assert "is an ensemble of" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

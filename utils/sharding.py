@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Trainer
 from transformers.integrations import deepspeed as deepspeed_integration
+
+from utils.arguments import InputError
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -33,6 +36,16 @@ def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def check_state_dict(trainer: Trainer) -> None:
+    """Raise InputError where FSDP would save parts that only FSDP can read: the Trainer then writes no adapter at all."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and "FULL" not in str(plugin.state_dict_type):
+        raise InputError(
+            f"with fsdp_state_dict_type {plugin.state_dict_type.name} no adapter would be written; set it to "
+            "FULL_STATE_DICT, as in configs/accelerate/fsdp2.yaml"
+        )
 
 
 @contextlib.contextmanager
