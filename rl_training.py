@@ -829,9 +829,10 @@ class PPOTrainer(SteadyTrainer):
         self.guard.restore(state["guard"])
         if self.is_world_process_zero():  # a later one is of iterations that are now done again
             best = os.path.join(self.args.output_dir, BEST)
-            shutil.rmtree(best, ignore_errors=True)
-            if self.guard.best is not None:
-                shutil.copytree(os.path.join(resume_from_checkpoint, BEST), best)
+            with saving(best):
+                shutil.rmtree(best, ignore_errors=True)
+                if self.guard.best is not None:
+                    shutil.copytree(os.path.join(resume_from_checkpoint, BEST), best)
 
     def add_to_checkpoint(self, folder: str) -> None:
         super().add_to_checkpoint(folder)

@@ -9,6 +9,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from utils.arguments import InputError
 from utils.checkpoints import resume_path, seal
 from utils.report import read_jsonl
 
+ROOT = Path(__file__).parent.parent
 CLOCK = re.compile("seconds|per_second|runtime")
 
 
@@ -281,3 +284,15 @@ def test_a_resumed_stage_1_or_2_run_is_the_run(
     seal(broken / "checkpoint-3")
     run_main(script, [*arguments, "--output_dir", str(broken), "--resume_from_checkpoint", "true"], monkeypatch)
     assert final_weights(broken) != final_weights(run)
+
+
+def test_killed_for_real(tmp_path: Path) -> None:
+    """SIGKILL while best/ is written, at any moment, and behind the last step; the long version is run by hand.
+
+    The command is the one of docs/reliability.md.
+    """
+    command = [sys.executable, "-m", "tests.stress.kill_and_resume", "--stage", "ppo", "--kills", "3", "--steps", "8"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert "ppo: 3 kills" in result.stdout
+    assert "files, byte for byte" in result.stdout

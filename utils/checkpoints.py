@@ -124,18 +124,18 @@ ADVICE = {
     errno.EACCES: "make the folder writable",
     errno.EPERM: "make the folder writable",
 }
-# Libraries that write below Python report in words of their own: safetensors and tokenizers (Rust), torch (C++).
-RUST_ERROR = re.compile(r"(?:os error |code: )(\d+)")
-TORCH_ERROR = re.compile(r"PytorchStreamWriter|inline_container|cannot be opened|does not exist")
+# Not only an OSError carries the system's number: safetensors and tokenizers (Rust) and shutil have it in their text alone.
+NUMBER = re.compile(r"(?:os error |code: |Errno )(\d+)")
+TORCH_ERROR = re.compile(r"PytorchStreamWriter|inline_container|iostream error|cannot be opened|does not exist")
 
 
 def _disk_error(error: Exception) -> tuple[int | None, str] | None:
     """Number and text of the system's error behind an exception; None where the disk had nothing to do with it."""
+    number = NUMBER.search(str(error))
+    if number:
+        return int(number[1]), os.strerror(int(number[1]))
     if isinstance(error, OSError):
-        return error.errno, error.strerror or one_line(error)
-    rust = RUST_ERROR.search(str(error))
-    if rust:
-        return int(rust[1]), os.strerror(int(rust[1]))
+        return None, one_line(error)
     if isinstance(error, RuntimeError) and TORCH_ERROR.search(str(error)):
         return None, "the file cannot be written to its end, as on a full disk"
     return None

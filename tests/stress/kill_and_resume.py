@@ -4,9 +4,9 @@
     python -m tests.stress.kill_and_resume --stage sft --kills 5
     python -m tests.stress.kill_and_resume --stage reward --kills 5
 
-The first SIGKILL falls while best/ is written (stage 3), the last one behind the last step; of the others every second one
-while a checkpoint is written, the rest at any moment.  Every file of the output folder is compared, checkpoints included;
-only what a clock says is left aside.  Exit code 1 where anything differs.
+The first SIGKILL falls while best/ is written (stage 3), the last one behind the last step; of five others two at any
+moment, two while a checkpoint is written, one while the run starts.  Every file of the output folder is compared, also in
+the checkpoints; only what a clock says is left aside.  Exit code 1 where anything differs.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from utils.checkpoints import UNFINISHED, find_fault
 from utils.report import read_jsonl
 
 STEPS, SAVE = 24, 4
+AIMS = ("at any moment", "while it saved", "at any moment", "while it saved", "while it started")
 CLOCK = re.compile("seconds|per_second|runtime")
 
 
-def arguments_of(stage: str, folder: Path) -> list[str]:
+def arguments_of(stage: str, folder: Path, steps: int = STEPS) -> list[str]:
     """Command line of the run; everything that has a state is switched on.  The output folder is run, a relative path."""
     base = save_lively_base(folder / "base")
     prompts = [*PROMPTS, *(f"{prompt} {number}" for number in range(3) for prompt in PROMPTS)]
@@ -46,7 +47,7 @@ def arguments_of(stage: str, folder: Path) -> list[str]:
         stages = make_stages(base, folder)
         rows = write_rows(folder / "rows.jsonl", [{"prompt": prompt} for prompt in prompts])
         values |= {"sft_model_lora_path": stages.sft, "reward_model_lora_path": stages.reward, "dataset": rows}
-        values |= {"steps": STEPS, "save_freq": SAVE, "batch_size": 4, "mini_batch_size": 2, "ppo_epochs": 2}
+        values |= {"steps": steps, "save_freq": SAVE, "batch_size": 4, "mini_batch_size": 2, "ppo_epochs": 2}
         values |= {"output_max_length": 8, "learning_rate": 0.001, "adap_kl_ctrl": "true", "adap_kl_horizon": 50}
         values |= {
             "temperature": 0.9,
@@ -80,13 +81,9 @@ def steps_done(run: Path) -> int:
     return max((row.get("iteration", row.get("step", 0)) for row in map(json.loads, lines)), default=0)
 
 
-def starts_of(folder: Path) -> int:
-    """How many starts have found out where they go on, by their lines in the log."""
-    try:
-        log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return 0
-    return len(re.findall(r"^(going on from|there is no whole checkpoint)", log, re.MULTILINE))
+def started_at(run: Path) -> int:
+    """When the training began last: it then writes run.json, and has cleared away what a kill left."""
+    return (run / "run.json").stat().st_mtime_ns if (run / "run.json").exists() else 0
 
 
 def newest_whole(run: Path) -> str:
@@ -103,15 +100,18 @@ def finish(process: BaseProcess, folder: Path) -> None:
 class Times(NamedTuple):
     """Seconds that these take in the reference run."""
 
+    start: float  # to the first step
     step: float
     save: float
     tail: float  # from the last line of the log to the end
 
 
-def measure_times(process: BaseProcess, folder: Path) -> Times:
+def measure_times(process: BaseProcess, folder: Path, steps: int) -> Times:
     """Watch the reference run to its end."""
-    run, saves, began, last = folder / "run", [], time.monotonic(), 0.0
-    for step in range(STEPS):
+    run, saves, began = folder / "run", [], time.monotonic()
+    wait_until((run / "run.json").exists, process)
+    started = last = time.monotonic()
+    for step in range(steps):
         while wait_until(lambda step=step: (run / UNFINISHED).exists() or steps_done(run) > step, process):
             if steps_done(run) > step:
                 break
@@ -120,17 +120,18 @@ def measure_times(process: BaseProcess, folder: Path) -> Times:
             saves.append(time.monotonic() - since)
         last = time.monotonic()
     finish(process, folder)
-    return Times((last - began) / STEPS, sum(saves) / len(saves), time.monotonic() - last)
+    return Times(started - began, (last - started) / steps, sum(saves) / len(saves), time.monotonic() - last)
 
 
-def strike(process: BaseProcess, folder: Path, aim: str, moment: float, times: Times, chance: random.Random) -> bool:
-    """Kill the process when what `aim` says has come; whether it still ran then."""
-    run = folder / "run"
-    if aim == "while it wrote best/":
+def strike(process: BaseProcess, run: Path, aim: str, moment: float, times: Times, chance: random.Random) -> bool:
+    """Kill the process when what `aim` says has come, after step `moment` at the earliest; whether it still ran then."""
+    if aim == "while it started":
+        time.sleep(chance.uniform(0, times.start))
+    elif aim == "while it wrote best/":
         wait_until((run / "best.new").exists, process)
         time.sleep(chance.uniform(0, times.save / 2))
     elif aim == "behind the last step":
-        wait_until(lambda: steps_done(run) >= STEPS, process)
+        wait_until(lambda: steps_done(run) >= moment, process)
         time.sleep(chance.uniform(0, times.tail))
     else:
         wait_until(lambda: steps_done(run) >= int(moment), process)
@@ -170,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stage", choices=["ppo", "sft", "reward"], default="ppo")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     chance = random.Random(args.seed)
@@ -178,35 +180,37 @@ def main() -> None:
         folders = [Path(root, "reference"), Path(root, "killed")]
         for folder in folders:
             folder.mkdir()
-        arguments = arguments_of(args.stage, Path(root))
+        arguments = arguments_of(args.stage, Path(root), args.steps)
         began = time.monotonic()
-        times = measure_times(start(args.stage, arguments, folders[0]), folders[0])
-        print(
-            f"reference: {STEPS} steps in {time.monotonic() - began:.0f} s, a save takes {times.save:.3f} s", flush=True
-        )
+        times = measure_times(start(args.stage, arguments, folders[0]), folders[0], args.steps)
+        seconds = time.monotonic() - began
+        print(f"reference: {args.steps} steps in {seconds:.0f} s, a save takes {times.save:.3f} s", flush=True)
 
         folder, run = folders[1], folders[1] / "run"
-        moments = sorted(chance.uniform(0, STEPS - SAVE - 1) for _ in range(args.kills))
-        aims = ["while it saved" if number % 2 else "at any moment" for number in range(args.kills)]
+        moments = [*sorted(chance.uniform(0, args.steps - SAVE - 1) for _ in range(args.kills - 1)), args.steps]
+        aims = [AIMS[number % len(AIMS)] for number in range(args.kills)]
         if args.stage == "ppo":
             aims[0] = "while it wrote best/"
         aims[-1] = "behind the last step"
-        kills = saving = ended = 0
+        kills = saving = 0
         while kills < args.kills:
+            before, aim = started_at(run), aims[kills]
             process = start(args.stage, arguments, folder)
-            wait_until(lambda before=kills + ended: starts_of(folder) > before, process)
-            if not strike(process, folder, aims[kills], moments[kills], times, chance):
-                ended += 1  # before the kill came: the next start has only to be wound up
-                continue
+            if aim != "while it started":
+                wait_until(lambda before=before: started_at(run) > before, process)
+            if not strike(process, run, aim, moments[kills], times, chance):
+                continue  # it ended before the kill came; the next start has only to be wound up
             kills += 1
             half = [
                 f"{path.relative_to(run)} with {len(list(path.rglob('*')))} files" for path in run.glob("unfinished/*")
             ]
             half += [str(path.relative_to(run)) for path in run.glob("*.new")]
-            saving += bool(half)
+            saving += bool(half) and aim != "while it started"
             left = f", leaving {', '.join(half)}" if half else ""
-            line = f"kill {kills}/{args.kills} {aims[kills - 1]}: after step {steps_done(run)}{left}"
-            print(f"{line}; back to {newest_whole(run)}", flush=True)
+            print(
+                f"kill {kills}/{args.kills} {aim}: after step {steps_done(run)}{left}; back to {newest_whole(run)}",
+                flush=True,
+            )
         finish(start(args.stage, arguments, folder), folder)
         found = differences(folders[0] / "run", run)
         for line in found:
