@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 import compare
 from tests.conftest import make_tokenizer, save_base, write_rows
@@ -75,6 +75,26 @@ def test_each_model_replies_as_it_does_alone(lineup: Lineup, outcome: tuple[Path
     assert len({row["response"] for row in rows if row["prompt"] == "dogs"}) == 3, (
         "adapters that do not act prove nothing"
     )
+
+
+def test_temperature_0_takes_the_likeliest_token(lineup: Lineup, tmp_path: Path, monkeypatch) -> None:
+    """Whatever the seed; against the greedy search of transformers, one prompt at a time."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    words = ("--prompts", prompts, "--temperature", "0", "--seed")
+    rows = run_compare(monkeypatch, lineup, tmp_path / "out", *words, "1")
+    assert run_compare(monkeypatch, lineup, tmp_path / "again", *words, "2") == rows
+    tokenizer = make_tokenizer()
+    model = PeftModel.from_pretrained(load_plain(lineup.base), lineup.sft)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    greedy = GenerationConfig(
+        max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=pad, begin_suppress_tokens=[eos, pad]
+    )
+    for row in (row for row in rows if row["model"] == "SFT"):
+        query = torch.tensor([encode_prompt(row["prompt"], TEMPLATE, tokenizer)])
+        output = model.generate(input_ids=query, attention_mask=torch.ones_like(query), generation_config=greedy)
+        reply = output[0, query.shape[1] :]
+        assert row["response"] == tokenizer.decode(reply, skip_special_tokens=True).strip()
+        assert row["length"] == len(reply)
 
 
 def test_score_is_the_reward_models(lineup: Lineup, outcome: tuple[Path, list[dict]]) -> None:
@@ -224,7 +244,7 @@ def test_mistakes_are_one_line(
         (["--adapters", good, "--prompt_template", "{prompt}?"], "was trained with the prompt template"),
         (["--adapters", good, "--reward_model_lora_path", lineup.sft], "holds no score head"),
         (["--adapters", good, "--output_dir", str(used)], "is not empty"),
-        (["--adapters", good, "--temperature", "0"], "have to be above 0"),
+        (["--adapters", good, "--temperature", "-1"], "have to be above 0"),
         (["--adapters", good, "--batch_size", "0"], "--batch_size is 0"),
         (["--adapters", good, "--max_prompts", "0"], "--max_prompts is 0"),
         (["--adapters", good, "--output_max_length", "256"], "leaves no room for a prompt"),

@@ -10,7 +10,7 @@ import pytest
 
 from tests.pages import Page
 from utils.arguments import InputError
-from utils.html_report import best_count, chosen_samples, group_metrics, read_run, report_page, short_names
+from utils.html_report import best_count, chosen_samples, group_metrics, read_run, report_page, short_names, title_of
 from utils.page import POLICY, WEB, embed_json
 from utils.report import CURVES
 
@@ -118,7 +118,21 @@ def test_every_number_has_its_place(tmp_path: Path) -> None:
     assert shown == {"Score and distance": ["score_mean", "kl"], "Guard": ["guard/limit", "guard/steep"]}
     assert section["groups"][0]["charts"][0]["title"] == CURVES["score_mean"]
     figures = Page(page).tables[0]
-    assert figures[1:] == [["held-out: " + CURVES["score_mean"], "0.625"], ["train_runtime", "12.5"]]
+    assert figures[1:] == [["held-out: " + CURVES["score_mean"], "0.625"], ["seconds of the run", "12.5"]]
+
+
+def test_an_evaluation_that_is_repeated_counts_once(tmp_path: Path) -> None:
+    """Stage 2 evaluates at its last step and once more behind it: that was drawn as an upright line."""
+    lines = [{"step": 1, "eval_loss": 3.0}, {"step": 2, "eval_loss": 2.0}, {"step": 2, "eval_loss": 2.5}]
+    folder = write_run(tmp_path / "a", "reward", metrics="".join(json.dumps(line) + "\n" for line in lines))
+    (section,) = data_of(page_of(folder))["sections"]
+    assert section["runs"][0]["series"] == {"eval_loss": [[1, 2], [3.0, 2.5]]}
+
+
+def test_the_guards_measures_are_in_words() -> None:
+    assert title_of("guard/asked", {}) == "share of what was asked that the reply takes up"
+    assert title_of("heldout/kl", {}) == "held-out: KL to the SFT model (nats a reply)"
+    assert list(group_metrics(["heldout/kl", "guard/kl"])) == ["Guard", "Guard: held-out prompts"]
 
 
 def test_stages_are_drawn_apart(tmp_path: Path) -> None:
@@ -159,23 +173,31 @@ def test_no_best_is_no_mark(tmp_path: Path, best: object) -> None:
 
 def test_reward_card_of_the_model_that_ppo_used(tmp_path: Path) -> None:
     reward = write_run(tmp_path / "reward", "reward")
-    card = {"accuracy": 0.9, "accuracy_ci95": [0.85, 0.95], "passed": False, "probes": {"empty": 1.0, "cut <b>": 0.25}}
+    probes = {"probes": {"empty": 1.0, "cut <b>": 0.25, "echo": 0.5}, "probe_counts": {"empty": 40}}
+    verdict = {"passed": False, "threshold": 0.95, "exempt": ["echo"]}
+    card = {"accuracy": 0.9, "accuracy_ci95": [0.85, 0.95], **probes, **verdict}
     Path(reward, "reward_card.json").write_text(json.dumps(card), encoding="utf-8")
     runs = [write_run(tmp_path / name, arguments={"reward_model_lora_path": reward}) for name in ("x", "y")]
-    table = Page(page_of(*runs)).tables[1]
-    assert table == [
+    facts, probed = Page(page_of(*runs)).tables[1:3]
+    assert facts == [
         ["", "x, y"],
         ["accuracy on pairs", "0.9"],
         ["accuracy, 95% interval", "0.85, 0.95"],
         ["passed", "no"],
-        ["probes/empty", "1"],
-        ["probes/cut <b>", "0.25"],
+        ["share of prompts that a probe has to reach", "0.95"],
+        ["probes that do not decide", "echo"],
+    ]
+    assert probed[1:] == [
+        ["empty", " 1", "", "–", "40"],
+        ["cut <b>", " 0.25", "failed", "–", "–"],
+        ["echo", " 0.5", "exempt", "–", "–"],
     ]
 
 
 def test_records_side_by_side(tmp_path: Path) -> None:
-    page = page_of(write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2))
+    page = page_of(write_run(tmp_path / "a", seed=1, guard={"same": 2}), write_run(tmp_path / "b", seed=2))
     table = Page(page).tables[-1]
+    assert ["guard/same", "2", "–"] in table  # a key, not the metric of that name
     assert ["seed", "1", "2"] in table
     assert ["arguments/nested/deep", "1, 2", "1, 2"] in table
     assert re.search(r'<tr><th scope="row">seed<', page)

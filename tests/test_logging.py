@@ -137,7 +137,8 @@ def test_run_json_says_how_to_repeat_the_run(runs, stage):
 
 def test_pictures(runs):
     pictures = list((runs / "ppo" / "plots").glob("*.png"))
-    assert {picture.stem for picture in pictures} >= {"score_mean", "response_length", "kl", "entropy"}
+    wanted = {"score_mean", "response_length", "kl", "entropy", "policy_loss", "value_loss", "clip_fraction"}
+    assert {picture.stem for picture in pictures} == wanted
     for picture in pictures:
         with Image.open(picture) as image:
             assert image.format == "PNG"
@@ -158,7 +159,16 @@ def test_pictures_show_the_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Axes, "set", lambda self, **texts: titles.update({self: texts["title"]}) or settings(self, **texts)
     )
-    names = ("score_mean", "score_std", "response_length", "kl", "entropy", "value_loss", "clip_fraction")
+    names = (
+        "score_mean",
+        "score_std",
+        "response_length",
+        "kl",
+        "entropy",
+        "policy_loss",
+        "value_loss",
+        "clip_fraction",
+    )
     rows = [{"iteration": i, **{name: i * 10.0 + n for n, name in enumerate(names)}} for i in (1, 2, 3)]
     lines = [rows[0], {"iteration": 1, "eval_score_mean": 99.0}, *rows[1:]]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

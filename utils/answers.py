@@ -44,7 +44,7 @@ class AnswerArguments(ModelArguments):
         default=None, metadata={"help": "Reward adapter with its score head, to score the replies with."}
     )
     output_max_length: int = field(default=128, metadata={"help": "Longest reply, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampler; close to 0 takes the likeliest token."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampler; 0 always takes the likeliest token."})
     seed: int = field(default=0, metadata={"help": "The same seed gives the same replies."})
 
     def __post_init__(self) -> None:
@@ -158,12 +158,16 @@ def choose_device(args: ModelArguments) -> tuple[str, torch.dtype]:
 
 
 def answer_sampling(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float = 1.0) -> Sampling:
-    """The distribution that PPO trains by default: all of it, no EOS or padding as a first token."""
+    """The distribution that PPO trains by default: all of it, no EOS or padding as a first token.
+
+    At temperature 0 its likeliest token, always.
+    """
     return Sampling(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
+        temperature=temperature or 1.0,
+        greedy=temperature == 0,
         begin_suppress_tokens=(tokenizer.eos_token_id, tokenizer.pad_token_id),
     )
 

@@ -43,8 +43,16 @@ GROUPS = {  # heading -> metrics under it, in this order; others follow by the w
     ),
     "Value": ("value_loss", "value_clip_fraction", "values_mean", "returns_mean"),
     "Held-out": (),  # all that starts with eval_
-    "Speed": ("seconds", "tokens_per_second", "num_tokens"),
+    "Speed": (
+        "seconds",
+        "tokens_per_second",
+        "num_tokens",
+        "eval_runtime",
+        "eval_samples_per_second",
+        "eval_steps_per_second",
+    ),
 }
+PREFIXES = {"guard": "Guard", "heldout": "Guard: held-out prompts"}  # word in front of the slash -> heading
 TITLES = {
     "score_std": "standard deviation of the score",
     "normalized_score_mean": "score in the reward card's units",
@@ -56,7 +64,6 @@ TITLES = {
     "empty_fraction": "share of empty replies",
     "ended_fraction": "share of replies that ended by themselves",
     "mean_token_accuracy": "share of tokens that the model has right",
-    "policy_loss": "policy loss",
     "approx_kl": "KL to the policy that sampled (nats a token)",
     "ratio_first": "first ratio (healthy: 1)",
     "grad_norm": "norm of the gradient",
@@ -73,11 +80,52 @@ TITLES = {
     "margin": "margin: chosen minus rejected",
     "length_correlation": "correlation of score and length",
     "reload_difference": "largest difference after saving and loading",
+    "runtime": "seconds",
+    "samples_per_second": "rows a second",
+    "steps_per_second": "steps a second",
+    "train_runtime": "seconds of the run",
+    "train_samples_per_second": "rows a second over the run",
+    "train_steps_per_second": "steps a second over the run",
+    "train_loss": "mean loss of the run",
+    "total_flos": "operations, as the Trainer counts them",
+    "pairs": "pairs",
+    "length_only_accuracy": "accuracy of counting tokens alone",
+    "length_matched_accuracy": "accuracy where the replies are equally long",
+    "shorter_chosen_accuracy": "accuracy where the shorter one is chosen",
+    "longer_chosen_accuracy": "accuracy where the longer one is chosen",
+    "short_good_accuracy": "accuracy where a short one is chosen",
+    "length_matched_pairs": "pairs of equally long replies",
+    "shorter_chosen_pairs": "pairs whose shorter one is chosen",
+    "longer_chosen_pairs": "pairs whose longer one is chosen",
+    "short_good_pairs": "pairs with a short chosen one",
+    "calibration_error": "calibration error",
+    "temperature": "temperature that would calibrate it",
+    "sft_score_mean": "mean score of SFT replies",
+    "sft_score_std": "standard deviation of the scores of SFT replies",
+    "sft_replies": "SFT replies",
+    "ensemble_size": "reward adapters in the ensemble",
+    "ensemble_penalty": "penalty for their disagreement",
+    "threshold": "share of prompts that a probe has to reach",
+    "exempt": "probes that do not decide",
+    "failed": "what failed",
     "seconds": "seconds an iteration",
     "tokens_per_second": "tokens a second",
     "num_tokens": "tokens seen",
 }
-SAMPLE_TEXTS = ("prompt", "response")
+GUARD_TITLES = {  # of guard/... and heldout/...
+    "length": "reply length (tokens)",
+    "broken": "share of broken replies",
+    "empty": "share of empty replies",
+    "same": "share of replies that several prompts got",
+    "distinct": "different word pairs among all",
+    "asked": "share of what was asked that the reply takes up",
+    "kl": "KL to the SFT model (nats a reply)",
+    "score": "score in the reward card's units",
+    "extreme": "farthest score (standard deviations)",
+    "signs": "warnings and alarms",
+    "recent_alarms": "alarms that count",
+}
+PROBES = ("probes", "probe_counts", "probes_above_sft")  # of the reward card: a number for each kind of broken reply
 SAMPLE_NUMBERS = ("iteration", "score", "length", "kl")  # first, in this order
 
 
@@ -109,8 +157,12 @@ class Run:
             for name, value in flatten(row).items():
                 if isinstance(value, (int, float)) and name not in COUNTERS:
                     counts, values = found.setdefault(name, ([], []))
-                    counts.append(row.get(self.counter, 0))
-                    values.append(float(value))
+                    count = row.get(self.counter, 0)
+                    if counts and counts[-1] == count:  # measured again after the training
+                        values[-1] = float(value)
+                    else:
+                        counts.append(count)
+                        values.append(float(value))
         return found
 
 
@@ -186,6 +238,9 @@ def title_of(metric: str, titles: Mapping[str, str]) -> str:
     """A metric in plain words, its own name where nobody has put it into words."""
     if metric.startswith("eval_"):
         return "held-out: " + title_of(metric.removeprefix("eval_"), titles)
+    group, _, name = metric.partition("/")
+    if group in PREFIXES:
+        return ("held-out: " if group == "heldout" else "") + GUARD_TITLES.get(name, name)
     return titles.get(metric, metric)
 
 
@@ -199,7 +254,8 @@ def group_metrics(names: Iterable[str]) -> dict[str, list[str]]:
         elif name.startswith("eval_"):
             heading = "Held-out"
         else:
-            heading = name.split("/")[0].capitalize() if "/" in name else "Other"
+            group = name.split("/")[0]
+            heading = PREFIXES.get(group, group.capitalize()) if "/" in name else "Other"
         groups.setdefault(heading, []).append(name)
     for heading, known in GROUPS.items():
         groups[heading].sort(key=lambda name: known.index(name) if name in known else len(known))
@@ -303,8 +359,11 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def fact_table(columns: Sequence[tuple[str, Mapping[str, Any]]], titles: Mapping[str, str]) -> str:
-    """HTML table: a row a key, a column a run.  Rows in which the runs agree have the class "same"."""
+def fact_table(columns: Sequence[tuple[str, Mapping[str, Any]]], titles: Mapping[str, str] | None = None) -> str:
+    """HTML table: a row a key, a column a run.  Rows in which the runs agree have the class "same".
+
+    titles: metrics in plain words; None where the keys are no metrics.
+    """
     flat = [flatten(facts) for _, facts in columns]
     keys = list(dict.fromkeys(key for facts in flat for key in facts))
     parts = ['<div class="scroll"><table class="facts"><thead><tr><th></th>']
@@ -313,8 +372,25 @@ def fact_table(columns: Sequence[tuple[str, Mapping[str, Any]]], titles: Mapping
     for key in keys:
         cells = [shown(facts.get(key)) for facts in flat]
         same = ' class="same"' if len(set(cells)) == 1 else ""
-        parts.append(f'<tr{same}><th scope="row">{html.escape(title_of(key, titles))}</th>')
+        parts.append(f'<tr{same}><th scope="row">{html.escape(key if titles is None else title_of(key, titles))}</th>')
         parts += [f'<td class="text" dir="auto">{html.escape(cell)}</td>' for cell in cells]
+        parts.append("</tr>")
+    return "".join([*parts, "</tbody></table></div>"])
+
+
+def probe_table(name: str, card: Mapping[str, Any]) -> str:
+    """HTML table of a reward card's probes: a row a kind of broken reply, with a bar that says whether it passed."""
+    probes, counts, above = (card.get(part, {}) for part in PROBES)
+    threshold = card.get("threshold", 1.0)
+    head = ["broken reply", "the good one wins", "", "above the median SFT reply", "prompts"]
+    parts = [f'<div class="scroll"><table class="facts"><caption dir="auto">{html.escape(name)}</caption><thead><tr>']
+    parts += [f"<th>{html.escape(title)}</th>" for title in head]
+    parts.append("</tr></thead><tbody>")
+    for kind, share in probes.items():
+        verdict = "" if share >= threshold else "exempt" if kind in card.get("exempt", ()) else "failed"
+        bar = f'<meter min="0" max="1" low="{threshold}" optimum="1" value="{share}"></meter> {shown(share)}'
+        parts.append(f'<tr><th scope="row">{html.escape(kind)}</th><td>{bar}</td><td class="{verdict}">{verdict}</td>')
+        parts += [f'<td class="number">{shown(part.get(kind))}</td>' for part in (above, counts)]
         parts.append("</tr>")
     return "".join([*parts, "</tbody></table></div>"])
 
@@ -352,14 +428,16 @@ def report_page(folders: Sequence[str], titles: Mapping[str, str], max_samples: 
             owners.setdefault(os.path.realpath(run.card_folder), []).append(run)
     if owners:
         cards = [(", ".join(run.name for run in members), members[0].card) for members in owners.values()]
-        parts.append(("card", "Reward card", fact_table(cards, titles)))
+        facts = [(name, {key: value for key, value in card.items() if key not in PROBES}) for name, card in cards]
+        tables = "".join(probe_table(name, card) for name, card in cards if card.get("probes"))
+        parts.append(("card", "Reward card", fact_table(facts, titles) + tables))
     if data["samples"]["rows"]:
         note = _sample_note(len(data["samples"]["rows"]), sum(len(run.samples) for run in runs))
         parts.append(("samples", "Samples", f'<p class="note">{note}</p>'))
     records = [(run.name, run.record) for run in runs if run.record]
     if records:
         only = '<label><input type="checkbox" id="only-differences"> only where the runs differ</label>'
-        facts = (only if len(records) > 1 else "") + fact_table(records, {})
+        facts = (only if len(records) > 1 else "") + fact_table(records)
         parts.append(("record", "run.json", f"<details><summary>How it was made</summary>{facts}</details>"))
     body = [
         f'<h1 dir="auto">{html.escape(heading)}</h1>',

@@ -39,6 +39,7 @@ CURVES = {  # metrics of stage 3 -> title of the picture
     "response_length": "reply length (tokens)",
     "kl": "KL to the SFT model (nats a reply)",
     "entropy": "entropy (nats a token)",
+    "policy_loss": "policy loss",
     "value_loss": "value loss",
     "clip_fraction": "share of clipped ratios",
 }

@@ -44,6 +44,7 @@ class Sampling:
     temperature: float = 1.0
     repetition_penalty: float = 1.0
     begin_suppress_tokens: tuple[int, ...] = ()
+    greedy: bool = False  # always the likeliest token: for answers alone, the log-probs know nothing of it
 
     def __post_init__(self) -> None:
         numbers = (self.temperature, self.repetition_penalty, self.max_new_tokens)
@@ -159,11 +160,13 @@ def draw_job(uniforms: Tensor, seen: Tensor | None, first: bool, sampling: Sampl
         is_first = torch.full(states.shape[:1], first, device=states.device)
         logprobs = sampling_logits(output_logits(base, states), seen, is_first, sampling).log_softmax(-1)  # [R, V]
         cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # float32 sums lose the tail of a large vocabulary
-        target = uniforms[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logprobs.shape[-1] - 1)  # [R, 1]
-        tokens[~cumulative[:, -1].isfinite()] = (
-            sampling.eos_token_id
-        )  # no distribution: the reply ends, its log-prob is NaN
+        if sampling.greedy:
+            tokens = logprobs.argmax(-1, keepdim=True)
+        else:
+            target = uniforms[:, None] * cumulative[:, -1:]
+            tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logprobs.shape[-1] - 1)  # [R, 1]
+        lost = ~cumulative[:, -1].isfinite()  # no distribution: the reply ends, and its log-prob is NaN
+        tokens[lost] = sampling.eos_token_id
         values = state_values(base, states) if with_values else None
         return Drawn(tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1), entropies(logprobs), values)
 
