@@ -57,13 +57,17 @@ class CompareArguments(AnswerArguments):
         },
     )
     max_prompts: int = field(default=100, metadata={"help": "Take the first so many prompts; -1: all."})
+    max_tables: int = field(
+        default=-1, metadata={"help": "Show the replies to the first so many prompts; -1: all.  Figures are of all."}
+    )
     batch_size: int = field(default=16, metadata={"help": "Replies that are sampled at once."})
     output_dir: str = field(default="output/compare", metadata={"help": "Folder for the tables."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_prompts < -1 or self.max_prompts == 0:
-            raise InputError(f"--max_prompts is {self.max_prompts}; give a number of prompts, or -1 for all")
+        for name in ("max_prompts", "max_tables"):
+            if getattr(self, name) < -1 or getattr(self, name) == 0:
+                raise InputError(f"--{name} is {getattr(self, name)}; give a number of prompts, or -1 for all")
         if self.batch_size < 1:
             raise InputError(f"--batch_size is {self.batch_size}; give a number above 0")
 
@@ -261,7 +265,10 @@ def main() -> None:
         f"{args.output_max_length} tokens a reply, seed {args.seed}"
     )
     facts += "" if lineup.reward is None else f"; scores from {lineup.reward.path}"
-    tables = prompt_tables(prompts, models)
+    shown = prompts if args.max_tables == -1 else prompts[: args.max_tables]
+    if len(shown) < len(prompts):
+        facts += f"; the first {len(shown)} are shown"
+    tables = prompt_tables(shown, models)
     summary = summary_table(summaries, first.name)
     os.makedirs(args.output_dir, exist_ok=True)
     with open(os.path.join(args.output_dir, "compare.md"), "w", encoding="utf-8") as file:

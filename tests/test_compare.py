@@ -151,6 +151,19 @@ def test_max_prompts_takes_the_first(lineup: Lineup, tmp_path: Path, monkeypatch
     assert [row["prompt"] for row in rows[::3]] == ["one", "two"]
 
 
+def test_max_tables_shows_the_first_and_counts_all(lineup: Lineup, tmp_path: Path, monkeypatch) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("one\ntwo\nthree\n", encoding="utf-8")
+    rows = run_compare(monkeypatch, lineup, tmp_path / "out", "--prompts", str(lines), "--max_tables", "2")
+    assert [row["prompt"] for row in rows[::3]] == ["one", "two", "three"]
+    summary, *tables = Page((tmp_path / "out/compare.html").read_text(encoding="utf-8")).tables
+    assert [table[0][1] for table in tables] == ["one", "two"]
+    assert summary[1][1] == f"{sum(row['length'] for row in rows[::3]) / 3:.1f}"
+    text = (tmp_path / "out/compare.md").read_text(encoding="utf-8")
+    assert "3 prompts; base" in text
+    assert "the first 2 are shown" in text
+
+
 # ---- Figures ----
 
 
@@ -247,6 +260,7 @@ def test_mistakes_are_one_line(
         (["--adapters", good, "--temperature", "-1"], "have to be above 0"),
         (["--adapters", good, "--batch_size", "0"], "--batch_size is 0"),
         (["--adapters", good, "--max_prompts", "0"], "--max_prompts is 0"),
+        (["--adapters", good, "--max_tables", "0"], "--max_tables is 0"),
         (["--adapters", good, "--output_max_length", "256"], "leaves no room for a prompt"),
         (["--adapters", good, "--prompts", str(tmp_path / "none.jsonl")], "there is no file"),
         ([], "no adapter was given"),
