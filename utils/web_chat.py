@@ -179,7 +179,7 @@ def build_page(talkers: Talkers, base: str) -> Any:
         with gradio.Row():
             dialogues = []
             for name in names:
-                with gradio.Column(min_width=280):
+                with gradio.Column(min_width=200):
                     gradio.HTML(f'<h2 dir="auto">{html.escape(name)}</h2>')
                     dialogues.append(gradio.HTML(column_html(Column()), elem_classes="dialogue"))
         with gradio.Row(equal_height=True):
