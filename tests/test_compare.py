@@ -84,7 +84,7 @@ def test_temperature_0_takes_the_likeliest_token(lineup: Lineup, tmp_path: Path,
     rows = run_compare(monkeypatch, lineup, tmp_path / "out", *words, "1")
     assert run_compare(monkeypatch, lineup, tmp_path / "again", *words, "2") == rows
     tokenizer = make_tokenizer()
-    model = PeftModel.from_pretrained(load_plain(lineup.base), lineup.sft)
+    model = PeftModel.from_pretrained(load_with_jobs(lineup.base), lineup.sft)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     greedy = GenerationConfig(
         max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=pad, begin_suppress_tokens=[eos, pad]
