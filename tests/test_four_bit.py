@@ -30,6 +30,7 @@ from utils.adapters import (
     score_job,
 )
 from utils.arguments import InputError, ModelArguments
+from utils.plan import base_bytes, empty_base
 from utils.report import read_jsonl
 
 
@@ -63,6 +64,15 @@ def test_output_embeddings_stay_whole_in_every_family(tmp_path, family):
     base = load_4bit(save_base(tmp_path, family))
     assert base.get_output_embeddings().weight.is_floating_point()
     assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in base.modules())
+
+
+def test_a_plan_knows_how_large_it_is(lively):
+    """Matrices in half bytes with the scales of their blocks; bitsandbytes adds tables of 16 and 256 numbers to each."""
+    base = load_4bit(lively.base)
+    states = [m.weight.quant_state for m in base.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
+    real = sum(tensor.nbytes for tensor in [*base.parameters(), *base.buffers()]) + scales
+    assert base_bytes(empty_base(ModelArguments(lively.base), torch.float32), load_in_4bit=True) == real
 
 
 def test_the_same_fingerprint_in_4_bit(lively):
@@ -235,9 +245,7 @@ def test_without_the_package_one_line_says_what_to_install(lively, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "bitsandbytes" else found(name, *more)
     )
-    with pytest.raises(
-        InputError, match=r"--load_in_4bit needs bitsandbytes; run `pip install -r requirements-4bit.txt`"
-    ):
+    with pytest.raises(InputError, match="--load_in_4bit needs bitsandbytes; run `pip install -r requirements-4bit"):
         load_4bit(lively.base)
 
 
