@@ -4,9 +4,9 @@
 
 Random Llama models, random words, every row as long as --max_length allows (one in four a token shorter, so that there is
 padding).  Measured is the peak resident memory of the whole script (VmHWM, so Linux only) over that of a process which has
-imported it and done nothing.  glibc keeps freed blocks for later unless they are large, and raises what counts as large while
-the program runs; so MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_ARENA_MAX=1 are set, with which freed memory goes back to the
-system.  --malloc_defaults leaves both alone.  Writes plan.md.
+imported it and done nothing.  glibc keeps freed blocks for later unless they are large, and raises what counts as large
+while the program runs; so MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_ARENA_MAX=1 are set, with which freed memory goes back to
+the system.  --malloc_defaults leaves both alone.  Writes plan.md.
 """
 
 import argparse

@@ -14,7 +14,7 @@ import sft_training
 from rl_training import PPOArguments
 from tests.conftest import FAMILIES, save_base
 from tests.helpers import load_plain, make_stages, run_main
-from utils import plan
+from utils import plan, rollout
 from utils.adapters import assemble_ppo_model, new_reward_model, read_adapter
 from utils.arguments import InputError, LoraArguments, ModelArguments
 
@@ -122,7 +122,7 @@ def test_activations_are_the_storages_that_autograd_really_keeps(stages):
 
 
 def test_checkpointing_keeps_the_inputs_of_the_layers(stages):
-    """Hidden states of 3 rows x 20 tokens x 32: into both layers, out of the second, and normed; masks and RoPE are small."""
+    """Hidden states of 3 rows x 20 tokens x 32: into both layers, out of the second, normed; masks, RoPE are small."""
     args = on_cpu(activation_checkpointing=True)
     passes = plan.dry_run(ppo_model(empty(stages.base), stages), 3, 20, args, training=True)
     assert 4 * 3 * 20 * 32 * 4 < passes.kept < 5 * 3 * 20 * 32 * 4
@@ -168,10 +168,11 @@ def test_the_cache_is_as_large_as_a_real_one(tmp_path, family):
 
 def test_logits_by_hand(base_path, monkeypatch):
     base = empty(base_path)
-    assert plan.reply_logit_bytes(base, 10, training=False) == 5 * 10 * 320 * 4
-    assert plan.reply_logit_bytes(base, 10, training=True) == 3.25 * 10 * 320 * 4
-    monkeypatch.setattr(plan, "LOGIT_CHUNK", 320 * 4)  # four tokens at a time
-    assert plan.reply_logit_bytes(base, 10, training=True) == 3.25 * 4 * 320 * 4
+    cpu, states = torch.device("cpu"), 2 * 10 * 32 * 4
+    assert plan.reply_logit_bytes(base, 10, False, cpu) == 5 * 10 * 320 * 4
+    assert plan.reply_logit_bytes(base, 10, True, cpu) == 3.25 * 10 * 320 * 4 + states
+    monkeypatch.setitem(rollout.LOGIT_CHUNK, "cpu", 320 * 4)  # four tokens at a time
+    assert plan.reply_logit_bytes(base, 10, True, cpu) == 3.25 * 4 * 320 * 4 + states
     # 10 tokens fill one tile of 320 columns, 8.25 times; hidden states of width 32 and their gradient
     assert plan.sft_logit_bytes(base, 10, on_cpu(), training=True) == 8.25 * 10 * 320 * 4 + 2 * 10 * 32 * 4
     assert plan.sft_logit_bytes(base, 5000, on_cpu(), training=False) == 4 * 4096 * 320 * 4 + 5000 * 32 * 4

@@ -43,7 +43,7 @@ from utils.adapters import (
     part_size,
 )
 from utils.arguments import InputError, LoraArguments, ModelArguments, one_line, say
-from utils.rollout import LOGIT_CHUNK
+from utils.rollout import PASS_TOKENS, logit_rows
 
 FLOAT = 4  # bytes of float32, which adapters, heads, gradients and optimizer state are in
 TRL_TILE = (4096, 32768)  # tokens and vocabulary of one tile in the fused LM head of TRL's SFTTrainer
@@ -233,11 +233,11 @@ def cache_bytes(base: PreTrainedModel, rows: int, length: int) -> int:
 
 
 def sampling_phases(model: PeftModel, rows: int, prompt: int, reply: int, args: TrainingArguments) -> dict[str, dict]:
-    """Phases of generate(): reading B prompts of P tokens, and the last step of T.
+    """Phases of the sampler: reading B prompts of P tokens, and the last step of T.
 
     A step lengthens the cache of a layer by copying it, and repeats keys and values for the query heads that share them:
-    2 * B * (P + T) * heads * head width at once.  Drawing a token from [B, V] logits needs the model's own, a copy, and
-    what it is drawn from (3 in float32), and two tensors in float64 for the cumulative sum (4 more of that size).
+    2 * B * (P + T) * heads * head width at once.  Drawing a token from [B, V] logits needs log-probs and
+    probabilities (2 in float32), and two tensors in float64 for the cumulative sum (4 more of that size).
     """
     base = model.get_base_model()
     config = base.config.get_text_config()
@@ -251,7 +251,7 @@ def sampling_phases(model: PeftModel, rows: int, prompt: int, reply: int, args: 
         "sampling": {
             "KV cache": cache_bytes(base, rows, prompt + reply),
             "activations": repeated,
-            "logits": 7 * rows * vocabulary(base) * FLOAT,
+            "logits": 6 * rows * vocabulary(base) * FLOAT,
         },
     }
 
@@ -261,14 +261,16 @@ def vocabulary(base: PreTrainedModel) -> int:
     return base.get_output_embeddings().weight.shape[0]
 
 
-def reply_logit_bytes(base: PreTrainedModel, tokens: int, training: bool) -> int:
-    """The most that `reply_job` holds of the logits of N reply tokens, in tensors [n, V]; n * V is at most LOGIT_CHUNK.
+def reply_logit_bytes(base: PreTrainedModel, tokens: int, training: bool, device: torch.device) -> int:
+    """The most that `reply_job` holds of the logits of N reply tokens, in tensors [n, V] for n tokens at a time.
 
     Without gradients five: logits, log-probs, probabilities, log-probs without -inf, the product of the two (entropy).
-    With gradients 3.25: the log-probs, a mask of one byte, the gradients in front of and behind log_softmax.
+    With gradients 3.25: the log-probs, a mask of one byte, the gradients in front of and behind log_softmax; and beside them
+    the gradient of each log-prob with respect to its hidden state, [N, H], twice while the parts are joined.
     """
-    chunk = max(1, LOGIT_CHUNK // vocabulary(base))
-    return int((3.25 if training else 5) * min(tokens, chunk) * vocabulary(base) * FLOAT)
+    rows = min(tokens, logit_rows(device, vocabulary(base)))
+    states = 2 * tokens * hidden_width(base) * FLOAT if training else 0
+    return int((3.25 if training else 5) * rows * vocabulary(base) * FLOAT) + states
 
 
 def sft_logit_bytes(base: PreTrainedModel, tokens: int, args: TrainingArguments, training: bool) -> int:
@@ -337,7 +339,7 @@ def reward_plan(
 def ppo_plan(
     model_args: ModelArguments, args: TrainingArguments, sft: SavedAdapter, reward: SavedAdapter, dtype: torch.dtype
 ) -> Plan:
-    """Stage 3: `batch_size` replies are sampled at once, judged and trained on `mini_batch_size` at a time.
+    """Stage 3: `batch_size` replies are sampled at once, judged and trained on `mini_batch_size` at a time, or fewer.
 
     The update keeps the activations of the policy and, with --critic adapter, of the critic, which goes backward first.
     """
@@ -349,7 +351,7 @@ def ppo_plan(
     rows = args.batch_size
     if args.guard != "off" or args.eval_strategy != "no":  # held-out prompts are answered in batches of their own
         rows = max(rows, args.per_device_eval_batch_size)
-    mini = args.mini_batch_size
+    mini = min(args.mini_batch_size, max(1, PASS_TOKENS[args.device.type] // args.max_length))
     judged = dry_run(model, mini, args.max_length, args, training=False)
     trained = dry_run(model, mini, args.max_length, args, training=True)
     others = trained.kept if args.critic == "adapter" else 0
@@ -358,12 +360,12 @@ def ppo_plan(
         "judging, decoder": {"activations": judged.forward},
         "judging, log-probs": {
             "activations": judged.kept + mini * reply * hidden_width(base) * FLOAT,
-            "logits": reply_logit_bytes(base, mini * reply, training=False),
+            "logits": reply_logit_bytes(base, mini * reply, False, args.device),
         },
         "update, forward": {"activations": others + trained.forward},
         "update, log-probs": {
             "activations": others + trained.kept,
-            "logits": reply_logit_bytes(base, mini * reply, training=True),
+            "logits": reply_logit_bytes(base, mini * reply, True, args.device),
         },
         "update, backward": {"activations": others + trained.backward},
     }
