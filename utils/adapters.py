@@ -120,11 +120,6 @@ def base_config(model_args: ModelArguments) -> PreTrainedConfig:
     """Configuration of the base.  Raises InputError when it cannot be read."""
     name = model_args.model_name_or_path
     refuse_baichuan(name)
-    if os.path.isdir(name) and not any(file.endswith(".safetensors") for file in os.listdir(name)):
-        raise InputError(
-            f"cannot load the base model {name}: there is no .safetensors file in it, and other formats can run code; "
-            "download or save it as safetensors"
-        )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=model_args.trust_remote_code)
     except (*BROKEN_MODEL, OSError, ImportError) as error:
@@ -142,6 +137,11 @@ def load_base(
     """
     name = model_args.model_name_or_path
     base_config(model_args)  # a readable complaint before gigabytes are read
+    if os.path.isdir(name) and not any(file.endswith(".safetensors") for file in os.listdir(name)):
+        raise InputError(
+            f"cannot load the base model {name}: there is no .safetensors file in it, and other formats can run code; "
+            "download or save it as safetensors"
+        )
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model_args.trust_remote_code}
     if model_args.load_in_4bit:
         if importlib.util.find_spec("bitsandbytes") is None:
