@@ -173,7 +173,7 @@ def build_page(talkers: Talkers, base: str) -> Any:
         return drawn(visitor)
 
     with gradio.Blocks(title=f"{base}: models side by side", analytics_enabled=False, fill_width=True) as page:
-        visitor = gradio.State(lambda: Visitor(fresh()))
+        visitor = gradio.State(Visitor(fresh()))  # each visitor gets a copy
         gradio.HTML(f'<h1 dir="auto">{html.escape(base)}</h1>')
         chosen = gradio.CheckboxGroup(names, value=names, label="who answers")
         with gradio.Row():

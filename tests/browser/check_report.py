@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from compare import as_html
-from tests.browser.chromium import Browser
+from tests.browser.chromium import Browser, contrast, luminance
 from utils.html_report import report_page
 from utils.page import write_page
 from utils.report import CURVES
@@ -198,18 +198,6 @@ def test_every_axis_can_be_read(browser: Browser, pages: dict[str, Path]) -> Non
             assert len({text["label"] for text in labels}) == len(labels) >= 2, labels
         assert all(text["left"] >= 0 and text["right"] <= text["width"] for text in texts), texts
         assert all(one["right"] < other["left"] for one, other in itertools.pairwise(along)), along
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of "rgb(r, g, b)" (WCAG 2.2)."""
-    parts = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one: str, other: str) -> float:
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

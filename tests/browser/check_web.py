@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.chromium import Browser
+from tests.browser.chromium import Browser, contrast, luminance
 from tests.lineup import LENGTH, Lineup, expected, make_lineup, score_of
 from utils.arguments import printable
 
@@ -28,7 +28,10 @@ class Page:
     def __init__(self, browser: Browser, address: str) -> None:
         self.browser = browser
         browser.open(address)
-        self.wait(lambda: browser.run("document.querySelectorAll('.dialogue .column').length") == 3)
+        there = (
+            "document.querySelectorAll('.dialogue .column').length === 3 && document.querySelector('textarea') !== null"
+        )
+        self.wait(lambda: browser.run(there))
 
     def wait(self, done: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
@@ -49,9 +52,15 @@ class Page:
         """Type a question, press Enter and wait until every column ends with a note that holds `notes`."""
         before = [len(texts) for texts in self.columns()]
         self.browser.type("textarea", question)
-        key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
-        for kind in ("rawKeyDown", "char", "keyUp"):
-            self.browser.call("Input.dispatchKeyEvent", type=kind, **key)
+
+        def taken() -> bool:  # Gradio ignores the key while it puts the last question away
+            key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+            for kind in ("rawKeyDown", "char", "keyUp"):
+                self.browser.call("Input.dispatchKeyEvent", type=kind, **key)
+            time.sleep(2)
+            return self.browser.run("document.querySelector('textarea').value") == ""
+
+        self.wait(taken)
         self.wait(
             lambda: all(
                 len(texts) == count + 3 and notes in texts[-1]
@@ -99,9 +108,11 @@ def address(lineup: Lineup) -> Iterator[str]:
 
 
 @pytest.fixture
-def page(address: str, tmp_path: Path) -> Iterator[Page]:
-    """The page in a new browser; its console stays clean and it asks nobody but this machine."""
+def page(address: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """The page in a new browser, light or dark; its console stays clean and it asks nobody but this machine."""
     browser = Browser(tmp_path / "profile")
+    scheme = [{"name": "prefers-color-scheme", "value": getattr(request, "param", "light")}]
+    browser.call("Emulation.setEmulatedMedia", features=scheme)
     yield Page(browser, address)
     problems, requests = browser.problems, browser.requests
     browser.close()
@@ -146,6 +157,24 @@ def test_texts_are_shown_as_text(page: Page) -> None:
     )
     assert run(in_sight)
     assert run("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize(("page", "dark"), [("light", False), ("dark", True)], indirect=["page"])
+def test_light_dark_and_narrow(page: Page, dark: bool) -> None:
+    """Texts have a contrast of at least 4.5, as WCAG asks; on a telephone the models stand below each other."""
+    browser = page.browser
+    page.ask("dogs", "score")
+    colour = "getComputedStyle(document.querySelector('.dialogue {}')).{}"
+    behind = {".asked": ".asked", ".said:not(.asked)": ".said:not(.asked)", ".note": ".column"}
+    for text, ground in behind.items():
+        colours = browser.run(colour.format(text, "color")), browser.run(colour.format(ground, "backgroundColor"))
+        assert contrast(*colours) > 4.5, (text, colours)
+    assert (luminance(browser.run(colour.format(".column", "backgroundColor"))) < 0.2) == dark
+    lefts = "[...document.querySelectorAll('.dialogue .column')].map(node => node.getBoundingClientRect().left)"
+    assert len(set(browser.run(lefts))) == 3
+    browser.call("Emulation.setDeviceMetricsOverride", width=420, height=900, deviceScaleFactor=1, mobile=False)
+    page.wait(lambda: len(set(browser.run(lefts))) == 1)
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_a_question_that_is_too_long_is_a_message(page: Page) -> None:
