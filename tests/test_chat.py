@@ -8,8 +8,10 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ import chat
 from tests.conftest import make_tokenizer
 from tests.helpers import load_with_jobs
 from tests.lineup import LENGTH, TEMPLATE, Lineup, expected, make_lineup, score_of
+from utils import web_chat
 from utils.answers import Talkers, answer_sampling
 from utils.arguments import run_script
 from utils.rollout import sample_replies
@@ -239,6 +242,34 @@ def test_mistakes_are_one_line(lineup: Lineup, monkeypatch: pytest.MonkeyPatch, 
         assert stop.value.code == 2
         assert len(errors) == 1
         assert message in errors[0]
+
+
+def test_a_reply_on_the_page_can_be_stopped(lineup: Lineup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the rest: the sampling ends too, the lock is free, and the model remembers nothing of it."""
+    put, drawn = web_chat.Stream.put, []
+
+    def slow(self: web_chat.Stream, value: torch.Tensor) -> None:
+        put(self, value)
+        drawn.append(value)
+        time.sleep(0.02)  # else the other thread is through before the first piece is read
+
+    monkeypatch.setattr(web_chat.Stream, "put", slow)
+    talkers = replace(session(lineup).talkers, sampling=answer_sampling(make_tokenizer(), 200, temperature=3.0))
+    lock, columns = threading.Lock(), {"base": web_chat.Column()}
+
+    def asked() -> Iterator[None]:
+        return web_chat.answer_all(talkers, lock, "rice?", ["base"], columns, 1)
+
+    assert len(list(asked())) > 10
+    whole = len(drawn)
+    drawn.clear()
+    columns["base"] = web_chat.Column()
+    growing = asked()
+    next(growing)
+    growing.close()
+    assert 0 < len(drawn) < whole / 2
+    assert not lock.locked()
+    assert columns["base"].turns == []
 
 
 def test_the_page_without_gradio_is_one_line(lineup: Lineup, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -30,6 +30,7 @@ class Page:
         browser.open(address)
         there = (
             "document.querySelectorAll('.dialogue .column').length === 3 && document.querySelector('textarea') !== null"
+            " && [...document.querySelectorAll('button')].some(b => b.textContent.trim() === 'New dialogue')"
         )
         self.wait(lambda: browser.run(there))
 
