@@ -4,17 +4,20 @@
     accelerate launch --num_processes 3 sft_training.py --config configs/sft_baichuan2_7b.yaml
 
 Prompt and reply are tokenized apart (utils/data.py), the loss is on the reply alone, and the reply ends with EOS unless
-it was cut.  The training loop is TRL's SFTTrainer.  Writes adapter_config.json, adapter_model.safetensors, the
-tokenizer, run.json and metrics.jsonl to --output_dir.
+it was cut.  The training loop is TRL's SFTTrainer, which gets rows of similar length together.  Writes
+adapter_config.json, adapter_model.safetensors, the tokenizer, run.json and metrics.jsonl to --output_dir.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from utils.adapters import load_base, load_tokenizer, new_lora_config
+from utils.adapters import SMALLEST_PART, load_base, load_tokenizer, new_lora_config, part_size
 from utils.arguments import (
     DataArguments,
     LoraArguments,
@@ -27,6 +30,7 @@ from utils.arguments import (
     parse_arguments,
     run_script,
     say,
+    set_up_ddp,
 )
 from utils.checkpoints import resume_path
 from utils.data import check_template, tokenize_sft, train_and_eval_rows
@@ -54,19 +58,68 @@ class SFTArguments(SteadyArguments, SFTConfig):
 
     def __post_init__(self) -> None:
         default_autocast(self)
+        set_up_ddp(self)
         super().__post_init__()
 
 
-class SteadySFTTrainer(SteadyTrainer, SFTTrainer):
-    """TRL's trainer; what it counts between two lines of the log is part of a checkpoint."""
+class SortedSFTTrainer(SteadyTrainer, SFTTrainer):
+    """TRL's trainer with less padding: the rows that go through the model together are of similar length.
+
+    The loss of an optimizer step is a sum over all its reply tokens, divided by their number.  So it does not matter which
+    rows share a pass; only how much of it is padding does.
+    """
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | int | None]:
+        """The batches of an optimizer step, with their rows sorted by length over all of them."""
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return sort_rows(batches, self.processing_class.pad_token_id), tokens
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        if num_items_in_batch is None:  # evaluation: TRL divides by the tokens of the batch that it sees
+            return super().compute_loss(model, inputs, return_outputs)
+        lengths = inputs["attention_mask"].sum(1)
+        loss = torch.zeros((), device=lengths.device)
+        smallest = 2 if lengths.device.type == "cpu" else SMALLEST_PART  # a pass costs a CPU nothing but its tokens
+        for rows in lengths.argsort().split(part_size(len(lengths), smallest)):
+            longest = int(lengths[rows].max())
+            part = {name: values[rows, :longest] for name, values in inputs.items()}
+            loss = loss + super().compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+        return loss
 
     def loop_state(self) -> dict[str, Any]:
+        """What TRL counts between two lines of the log is part of a checkpoint."""
         return {**super().loop_state(), "metrics": self._metrics["train"], "tokens": self._total_train_tokens}
 
     def load_loop_state(self, state: dict[str, Any]) -> None:
         super().load_loop_state(state)
         self._metrics["train"].update(state["metrics"])
         self._total_train_tokens = state["tokens"]
+
+
+def sort_rows(batches: list[dict[str, Tensor]], pad_id: int) -> list[dict[str, Tensor]]:
+    """The same rows in as many batches of the same sizes, the shortest first, each padded to its own longest row.
+
+    batches: tensors [B, L], padded on the right, with attention_mask among them.
+    """
+    if len(batches) < 2:
+        return batches
+    padding = {"input_ids": pad_id, "attention_mask": 0, "labels": -100}
+    width = max(batch["input_ids"].shape[1] for batch in batches)
+    joined = {
+        name: torch.cat([nn.functional.pad(b[name], (0, width - b[name].shape[1]), value=value) for b in batches])
+        for name, value in padding.items()
+    }
+    lengths = joined["attention_mask"].sum(1)
+    parts = lengths.argsort().split([len(batch["input_ids"]) for batch in batches])
+    return [{name: values[rows, : int(lengths[rows].max())] for name, values in joined.items()} for rows in parts]
 
 
 def main() -> None:
@@ -106,7 +159,7 @@ def main() -> None:
     record = run_record("sft", base, model_args, training_args, data=asdict(data_args), lora=asdict(lora_args))
 
     # ---- Training ----
-    trainer = SteadySFTTrainer(
+    trainer = SortedSFTTrainer(
         model=base,
         args=training_args,
         train_dataset=train_dataset,

@@ -129,7 +129,7 @@ def test_gradients_that_are_not_finite_change_nothing(
 ) -> None:
     """Clipping makes it worse: one infinite gradient turns all others into 0, or NaN, and Adam remembers them."""
     script, arguments = tune(stage, stages.base, tmp_path, ["tea", "dogs", "soup", "rice"])
-    trainer_class = script.SteadySFTTrainer if stage == "sft" else script.RewardTrainer
+    trainer_class = script.SortedSFTTrainer if stage == "sft" else script.RewardTrainer
     compute_loss = trainer_class.compute_loss
 
     def with_infinite_gradient(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -122,7 +122,7 @@ def test_activations_are_the_storages_that_autograd_really_keeps(stages):
 
 
 def test_checkpointing_keeps_the_inputs_of_the_layers(stages):
-    """Hidden states of 3 rows x 20 tokens x 32: into both layers, out of the second, normed; masks, RoPE are small."""
+    """Hidden states of 3 rows x 20 tokens x 32: into both layers, out of them, and normed; the rest is small."""
     args = on_cpu(activation_checkpointing=True)
     passes = plan.dry_run(ppo_model(empty(stages.base), stages), 3, 20, args, training=True)
     assert 4 * 3 * 20 * 32 * 4 < passes.kept < 5 * 3 * 20 * 32 * 4

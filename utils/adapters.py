@@ -43,7 +43,7 @@ from utils.sharding import fill_parameters, is_sharded, loading_whole
 
 POLICY, REFERENCE, REWARD = "default", "reference", "reward"  # PEFT saves "default" at the root of a folder
 CRITIC = "critic"  # and others in a folder of their name
-SMALLEST_PART = 8  # rows that go through the model together, whatever their lengths
+SMALLEST_PART = 8  # rows that go through the model together on a GPU, whatever their lengths
 MEMBER = "member"  # further adapters of a reward ensemble: member1, member2 ...
 VALUE_HEAD_FILE = "value_head.safetensors"
 # What torch, PEFT, transformers and safetensors raise for files that are cut or damaged, or of another model.
@@ -339,9 +339,9 @@ def member_folders(folder: str) -> list[str]:
     return folders
 
 
-def part_size(rows: int) -> int:
+def part_size(rows: int, smallest: int = SMALLEST_PART) -> int:
     """So many of `rows` rows are worth a pass of their own, to save the padding that only the longest ones need."""
-    return max(SMALLEST_PART, rows // 4)
+    return max(smallest, rows // 4)
 
 
 def member_scores(
