@@ -4,7 +4,8 @@
 
 The same random Llama model, LoRA, batches and ragged rows for both sides, in turn (ours, TRL's, ours, TRL's ...), each run
 in a process of its own with one thread.  A token counts when it is real; the share of padding is that of all positions that
-went through the decoder.  Ratios are of neighbours in time: a machine is not always equally busy.  Writes stages.md.
+went through the decoder.  Seconds are the processor's (with one thread the wall clock's, where nothing else runs), and
+ratios are of neighbours in time, so that a busy machine does little harm.  Writes stages.md.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def make_rows(stage: str, count: int) -> Dataset:
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of the warm-up to the end of the training, and the positions that went through the decoder."""
+    """Processor seconds after the warm-up, and the positions that went through the decoder in them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.real = self.positions = 0
@@ -98,8 +99,8 @@ class Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step == WARMUP:
             self.real = self.positions = 0
-            self.started = time.perf_counter()
-        self.seconds = time.perf_counter() - self.started
+            self.started = time.process_time()
+        self.seconds = time.process_time() - self.started
 
 
 def make_trainer(side: str, stage: str, rows: int, batches: int, steps: int, folder: str) -> tuple[Trainer, nn.Module]:
