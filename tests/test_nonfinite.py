@@ -30,6 +30,7 @@ from tests.helpers import (
     run_main,
     save_lively_base,
 )
+from tests.test_two_processes import RUNNER, torchrun
 from utils.arguments import RunError
 from utils.report import read_jsonl
 from utils.rollout import draw_replies, sample_replies
@@ -292,3 +293,28 @@ def test_the_number_of_steps_is_checked(stages: Stages, tmp_path: Path, monkeypa
     script, arguments = tune("sft", stages.base, tmp_path, ["tea"], max_nonfinite_steps=0)
     with pytest.raises(Exception, match="--max_nonfinite_steps is 0; give a number above 0"):
         run_main(script, arguments, monkeypatch)
+
+
+def test_all_processes_leave_a_step_out_when_one_of_them_has_to(stages: Stages, poisoned: str, tmp_path: Path) -> None:
+    """The first process's own loss is finite; it has to leave the step out all the same, and knows the other's reply."""
+    folders = {name: tmp_path / name for name in ("sft", "ppo")}
+    for folder in folders.values():
+        folder.mkdir()
+    _, sft = tune("sft", poisoned, folders["sft"], ["tea", "dogs", "rice", POISON, "soup", "cats"], max_steps=3)
+    ppo = ppo_arguments(stages, poisoned, folders["ppo"], batch_size=2, mini_batch_size=1, steps=3)
+    jobs, runner = tmp_path / "jobs.json", tmp_path / "runner.py"
+    quiet = ["--disable_tqdm", "true"]
+    jobs.write_text(json.dumps([["sft_training.py", *sft, *quiet], ["rl_training.py", *ppo, *quiet]]), encoding="utf-8")
+    runner.write_text(RUNNER, encoding="utf-8")
+    torchrun(str(runner), str(jobs))
+    run = folders["sft"] / "run"
+    assert (run / "world_1.txt").read_text() == "2"
+    assert [changed(run, step) for step in (2, 3)] == [(False, False), (True, True)]
+    lost = read_jsonl(str(run / "nonfinite.jsonl"))
+    assert [(row["step"], row["response"]) for row in lost] == [(2, "yes " + POISON)]
+    run = folders["ppo"] / "run"
+    rows = [row for row in read_jsonl(str(run / "metrics.jsonl")) if "kl_coef" in row]
+    lost = [row["iteration"] for row in rows if row["nonfinite_steps"]]
+    assert len(lost) == 1  # in one of the three iterations, as with one process
+    assert [changed(run, step)[0] for step in (2, 3)] == [step not in lost for step in (2, 3)]
+    assert {row["prompt"] for row in read_jsonl(str(run / "nonfinite.jsonl"))} == {p for p in PROMPTS if POISON in p}

@@ -62,7 +62,7 @@ def arguments_of(stage: str, folder: Path, steps: int = STEPS) -> list[str]:
         rows = [{"prompt": prompt, **{name: f"{text} {prompt}" for name, text in reply.items()}} for prompt in prompts]
         values |= {"dataset": write_rows(folder / "rows.jsonl", rows), "eval_fraction": 0.2, "eval_steps": SAVE}
         values |= {
-            "max_steps": STEPS,
+            "max_steps": steps,
             "save_steps": SAVE,
             "logging_steps": 3,
             "learning_rate": 0.01,
