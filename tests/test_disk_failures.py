@@ -69,7 +69,7 @@ def test_a_full_disk_while_it_saves(tmp_path: Path, stage: str, file: str) -> No
     assert process.exitcode == 1
     line = last_line(tmp_path)
     assert line.startswith("error: cannot write run/")
-    assert "go on with --resume_from_checkpoint true" in line
+    assert "then go on with --resume_from_checkpoint true" in line
     assert whole_checkpoints(run) == before
     assert not (run / "unfinished").exists()
     process = start(stage, arguments, tmp_path)
@@ -88,7 +88,7 @@ def test_an_output_folder_that_vanishes(tmp_path: Path, stage: str) -> None:
     process.join(200)
     assert process.exitcode == 1
     assert last_line(tmp_path).startswith("error: cannot write run/")
-    assert "No such file or directory" in last_line(tmp_path)
+    assert "No such file or directory; bring the output folder back" in last_line(tmp_path)
     assert not run.exists()
 
 
@@ -125,15 +125,11 @@ def test_each_failure_of_the_disk_is_named_with_what_to_do(tmp_path: Path) -> No
     }
     for reason, of_reason in writers.items():
         for write in of_reason:
-            with pytest.raises(
-                RunError, match=f"^cannot write .*: .*{reason}.*; see to the disk and the folder and go on"
-            ):
+            with pytest.raises(RunError, match=f"^cannot write .*: .*{reason}.*, then go on"):
                 with saving(missing):
                     write()
     for number, advice in ((errno.ENOSPC, "make room"), (errno.EROFS, "make the folder writable")):
-        with pytest.raises(
-            RunError, match=f": {os.strerror(number)}; {advice} and go on with --resume_from_checkpoint"
-        ):
+        with pytest.raises(RunError, match=f": {os.strerror(number)}; {advice}, then go on with --resume"):
             with saving(tmp_path):
                 raise OSError(number, os.strerror(number))
     with pytest.raises(RunError, match="No space left on device; make room"), saving(tmp_path):

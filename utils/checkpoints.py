@@ -123,6 +123,8 @@ ADVICE = {
     errno.EROFS: "make the folder writable",
     errno.EACCES: "make the folder writable",
     errno.EPERM: "make the folder writable",
+    errno.ENOENT: "bring the output folder back",
+    errno.ENOTDIR: "bring the output folder back",
 }
 # Not only an OSError carries the system's number: safetensors and tokenizers (Rust) and shutil have it in their text alone.
 NUMBER = re.compile(r"(?:os error |code: |Errno )(\d+)")
@@ -153,6 +155,6 @@ def saving(path: str | Path) -> Iterator[None]:
         number, reason = found
         advice = ADVICE.get(number, "see to the disk and the folder")
         raise RunError(
-            f"cannot write {path}: {reason}; {advice} and go on with --resume_from_checkpoint true: the checkpoints "
-            "that were made before are untouched"
+            f"cannot write {path}: {reason}; {advice}, then go on with --resume_from_checkpoint true (checkpoints "
+            "that were made before are not touched)"
         ) from error

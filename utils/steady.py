@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from utils.arguments import InputError, Preempted, RunError, say
+from utils.arguments import InputError, Preempted, RunError, is_main_process, say
 from utils.checkpoints import UNFINISHED, flush, saving, seal
 from utils.report import append_jsonl
 
@@ -75,8 +75,8 @@ class StopSignals:
         if not self.number:
             self.number, self.first = number, time.monotonic()
             name = signal.Signals(number).name
-            # not print(): the signal may have come in the middle of one
-            os.write(2, f"{name}: this step, a checkpoint, then the end; a second {name} ends at once\n".encode())
+            if is_main_process():  # not print(): the signal may have come in the middle of one
+                os.write(2, f"{name}: this step, a checkpoint, then the end; a second {name} ends at once\n".encode())
         elif time.monotonic() - self.first > self.echo_seconds:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
