@@ -83,14 +83,13 @@ from utils.plan import announce, ppo_plan
 from utils.report import IterationLines, RunFiles, append_jsonl, draw_curves, run_record, write_json
 from utils.reward_card import in_short, read_card
 from utils.rollout import (
-    PASS_OVERHEAD,
-    PASS_TOKENS,
     Batch,
     ReplyStatistics,
     Sampling,
     check_output_logits,
     draw_replies,
     make_batch,
+    pass_limits,
     reply_job,
     split_by_length,
     value_job,
@@ -331,9 +330,7 @@ class PPOTrainer(SteadyTrainer):
         # Sharded weights are collected for each pass, so every process has to make the same number of them.
         self.splits = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if self.splits:
-            layers = base.config.get_text_config().num_hidden_layers
-            layer_size = sum(parameter.numel() for parameter in base.base_model.parameters()) / layers
-            self.pass_overhead = PASS_OVERHEAD[self.args.device.type] / (4 * layer_size)
+            self.pass_overhead, self.pass_tokens = pass_limits(base, self.args.device)
         self.record = record or {}
         self.samples: list[dict[str, Any]] = []  # the rows of samples.jsonl of this iteration, for the trackers
 
@@ -457,8 +454,7 @@ class PPOTrainer(SteadyTrainer):
         if not self.splits:
             return list(rows.split(self.args.mini_batch_size))
         lengths = batch.attention_mask[rows].sum(1).tolist()
-        most_tokens = PASS_TOKENS[self.args.device.type]
-        parts = split_by_length(lengths, self.pass_overhead, self.args.mini_batch_size, most_tokens)
+        parts = split_by_length(lengths, self.pass_overhead, self.args.mini_batch_size, self.pass_tokens)
         return [rows[part] for part in parts]
 
     def critic_values(self, model: nn.Module, batch: Batch) -> Tensor:

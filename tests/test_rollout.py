@@ -36,6 +36,7 @@ from utils.rollout import (
     Sampling,
     draw_replies,
     make_batch,
+    pass_limits,
     reply_job,
     sample_replies,
     split_by_length,
@@ -480,3 +481,13 @@ def test_no_cut_is_cheaper() -> None:
         found = split_by_length(lengths, overhead, most_rows=6, most_tokens=10**6)
         assert sorted(row for part in found for row in part) == list(range(6))
         assert cost([[lengths[row] for row in part] for part in found]) == pytest.approx(cheapest)
+
+
+def test_passes_of_small_models_are_larger() -> None:
+    """A layer of n weights: 1e8 / 4n tokens are as dear as a pass itself, and 20 times as many make that little."""
+    base = make_model("llama")
+    decoder = sum(parameter.numel() for name, parameter in base.model.named_parameters() if "embed" not in name)
+    overhead, most_tokens = pass_limits(base, torch.device("cpu"))
+    assert overhead == pytest.approx(1e8 / (4 * decoder / 2))  # two layers
+    assert most_tokens == int(20 * overhead) > 256
+    assert pass_limits(base, torch.device("cuda"))[1] == 2**31

@@ -43,7 +43,7 @@ from utils.adapters import (
     part_size,
 )
 from utils.arguments import InputError, LoraArguments, ModelArguments, one_line, say
-from utils.rollout import PASS_TOKENS, logit_rows
+from utils.rollout import logit_rows, pass_limits
 
 FLOAT = 4  # bytes of float32, which adapters, heads, gradients and optimizer state are in
 TRL_TILE = (4096, 32768)  # tokens and vocabulary of one tile in the fused LM head of TRL's SFTTrainer
@@ -351,7 +351,7 @@ def ppo_plan(
     rows = args.batch_size
     if args.guard != "off" or args.eval_strategy != "no":  # held-out prompts are answered in batches of their own
         rows = max(rows, args.per_device_eval_batch_size)
-    mini = min(args.mini_batch_size, max(1, PASS_TOKENS[args.device.type] // args.max_length))
+    mini = min(args.mini_batch_size, max(1, pass_limits(base, args.device)[1] // args.max_length))
     judged = dry_run(model, mini, args.max_length, args, training=False)
     trained = dry_run(model, mini, args.max_length, args, training=True)
     others = trained.kept if args.critic == "adapter" else 0
