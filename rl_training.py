@@ -816,6 +816,13 @@ class PPOTrainer(SteadyTrainer):
             load_weights(model, os.path.join(folder, CRITIC), CRITIC)
         load_value_head(model.get_base_model(), folder)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if (
+            self.is_deepspeed_enabled and checkpoint is not None
+        ):  # it fills the parameters itself, and calls nothing of ours
+            self._load_from_checkpoint(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Fill policy adapter, critic and value head from a checkpoint."""
         self.load_policy(resume_from_checkpoint)
