@@ -795,7 +795,7 @@ class PPOTrainer(SteadyTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save(self, output_dir: str | None, state_dict: dict[str, Tensor]) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The policy adapter, the value head, the tokenizer and what PPO itself has to remember."""
         if not self.args.should_save:
             return
@@ -803,8 +803,9 @@ class PPOTrainer(SteadyTrainer):
         os.makedirs(folder, exist_ok=True)
         adapters = [POLICY, CRITIC] if self.has_critic else [POLICY]
         model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(folder, state_dict=state_dict, selected_adapters=adapters)
-        save_value_head(state_dict, folder)
+        state = self.trained_state() if state_dict is None else state_dict
+        model.save_pretrained(folder, state_dict=state, selected_adapters=adapters)
+        save_value_head(state, folder)
         self.processing_class.save_pretrained(folder)
         write_json({"kl_coef": self.kl_coef, "guard": self.guard.state()}, folder, STATE_FILE)
 

@@ -532,7 +532,8 @@ def test_early_stopping_leaves_a_calm_run_alone(stages: Stages, tmp_path: Path) 
 
 def test_early_stopping_takes_at_least_one_step(stages: Stages, tmp_path: Path) -> None:
     """Rounding (much of it in bfloat16) is a KL above a tiny target: no step was taken, and the metrics had no loss."""
-    trainer = make_ppo_trainer(stages, tmp_path, early_stopping=True, target_kl=1e-30, steps=1)
+    trainer = make_ppo_trainer(stages, tmp_path, early_stopping=True, steps=1)
+    trainer.args.target_kl = -1.0  # below any rounding
     trainer.train()
     assert trainer.state.log_history[0]["optimizer_steps"] == 1
     assert trainer.state.log_history[0]["stopped_early"] == 1
