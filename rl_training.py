@@ -818,9 +818,8 @@ class PPOTrainer(SteadyTrainer):
         load_value_head(model.get_base_model(), folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if (
-            self.is_deepspeed_enabled and checkpoint is not None
-        ):  # it fills the parameters itself, and calls nothing of ours
+        # DeepSpeed fills the parameters by itself, and calls nothing of ours.
+        if self.is_deepspeed_enabled and checkpoint is not None:
             self._load_from_checkpoint(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
 
