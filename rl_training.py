@@ -47,6 +47,7 @@ from utils.adapters import (
     SavedAdapter,
     assemble_ppo_model,
     check_adapter,
+    check_kind,
     load_base,
     load_tokenizer,
     load_value_head,
@@ -938,6 +939,8 @@ def main() -> None:
     dtype = choose_precision(model_args, training_args)
     sft = read_adapter(training_args.sft_model_lora_path, "--sft_model_lora_path")
     reward = read_adapter(training_args.reward_model_lora_path, "--reward_model_lora_path")
+    check_kind(sft, "--sft_model_lora_path", needs_score_head=False)
+    check_kind(reward, "--reward_model_lora_path", needs_score_head=True)
     longest = longest_prompt(training_args)
     announce(
         lambda model, args: ppo_plan(model, args, sft, reward, dtype),

@@ -445,13 +445,8 @@ def read_adapter(path: str | None, argument: str) -> SavedAdapter:
     return SavedAdapter(path, config, keys, run)
 
 
-def check_adapter(
-    adapter: SavedAdapter, argument: str, needs_score_head: bool, template: str, base: PreTrainedModel
-) -> None:
-    """Raise InputError when the adapter is of another kind, base or prompt template than this run's.
-
-    An adapter without run.json was trained elsewhere: then the arguments decide, and one line says so.
-    """
+def check_kind(adapter: SavedAdapter, argument: str, needs_score_head: bool) -> None:
+    """Raise InputError when a reward adapter was given in the place of another one, or the other way round."""
     if needs_score_head and not adapter.has_score_head:
         raise InputError(
             f"{argument} {adapter.path} holds no score head, so it is no reward adapter; "
@@ -459,6 +454,16 @@ def check_adapter(
         )
     if not needs_score_head and adapter.has_score_head:
         raise InputError(f"{argument} {adapter.path} is a reward adapter; give one that sft_training.py wrote")
+
+
+def check_adapter(
+    adapter: SavedAdapter, argument: str, needs_score_head: bool, template: str, base: PreTrainedModel
+) -> None:
+    """Raise InputError when the adapter is of another kind, base or prompt template than this run's.
+
+    An adapter without run.json was trained elsewhere: then the arguments decide, and one line says so.
+    """
+    check_kind(adapter, argument, needs_score_head)
     if not adapter.run:
         say(f"warning: {adapter.path} has no run.json, so its base and prompt template are taken from the arguments")
         return

@@ -158,8 +158,11 @@ class Guard:
         return [(level, f"{source}: {sentence}") for source, signs in found.items() for level, sentence in signs]
 
     def is_best(self, iteration: int, held_out: dict[str, float], signs: list[tuple[str, str]]) -> bool:
-        """Whether this is the policy to keep so far: the highest held-out score, with no sign and within the KL budget."""
-        if signs or (self.best is not None and held_out["score"] <= self.best["score"]):
+        """Whether this is the policy to keep so far: the highest held-out score, with no sign and within the KL budget.
+
+        The first look is at the SFT model itself, which is always there to go back to.
+        """
+        if self.best is not None and (signs or held_out["score"] <= self.best["score"]):
             return False
         self.best = {"iteration": iteration, "score": held_out["score"], "kl": held_out["kl"]}
         return True
