@@ -7,7 +7,8 @@ Base: random weights in the shape of a Llama with 70 million parameters (see `Sh
 Settings: full, where every prompt and reply is as long as it may be; ragged, where prompts have 16 to 64 tokens and replies
 end after 1 to 64, the same ones on both sides.  The sides run in turn, each in a process of its own
 (benchmarks/ppo_sides.py), and the medians over the rounds are compared.  TRL is installed into --output_dir, beside the
-libraries of this environment.
+libraries of this environment.  It runs twice: as it comes, with its value model trained in full and activation
+checkpointing on; and tuned, with LoRA on the value model and activations kept, which is as near to our side as it gets.
 
 The floor is the time that the floating-point operations nobody can leave out take at the rate of large matrix products,
 measured in the same run: real tokens only, no padding, nothing computed twice.  Writes ppo_iteration.md and .json, or
@@ -103,12 +104,12 @@ def compare(name: str, shapes: Shapes, args: argparse.Namespace, progress: tqdm)
     """Both sides in turn; everything that was measured."""
     file = args.output_dir / f"{name}.json"
     if file.exists():
-        progress.update(3 * args.rounds)
+        progress.update(4 * args.rounds)
         return json.loads(file.read_text(encoding="utf-8"))
     folder = args.output_dir / name
     if not folder.exists():
         make_inputs(folder, shapes)
-    found: dict[str, Any] = {"rate": [], "ours": [], "trl": []}
+    found: dict[str, Any] = {"rate": [], "ours": [], "trl": [], "trl_tuned": []}
     for _ in range(args.rounds):
         for side in found:
             found[side].append(run_side(side, folder, args))
@@ -119,19 +120,24 @@ def compare(name: str, shapes: Shapes, args: argparse.Namespace, progress: tqdm)
 
 def table(name: str, shapes: Shapes, found: dict[str, Any]) -> str:
     """Markdown: both sides, their ratio, and what is left above the floor."""
-    ours, trl = (summary(found[side], shapes) for side in ("ours", "trl"))
+    ours, trl, tuned = (summary(found[side], shapes) for side in ("ours", "trl", "trl_tuned"))
     rate = median(run["rate"] for run in found["rate"])
     floor = {phase: count / rate for phase, count in operations(shapes).items()}
     floor["seconds"] = sum(floor.values())
     titles = {"generate": "generate, s", "score": "score, s", "train": "train, s", "seconds": "**iteration, s**"}
     lines = [f"**{name}** ({rate / 1e9:.0f} GFLOP/s in matrix products)", ""]
-    lines += ["| | ours | TRL 1.12.0 | ratio | floor | floor / ours |", "|---|---|---|---|---|---|"]
+    lines += ["| | ours | TRL 1.12.0 | ratio | TRL, tuned | ratio | floor | floor / ours |", "|" + "---|" * 8]
     for key, title in titles.items():
-        cells = [f"{ours[key]:.1f}", f"{trl[key]:.1f}", f"{ours[key] / trl[key]:.2f}"]
+        cells = [f"{ours[key]:.1f}"]
+        for peer in (trl, tuned):
+            cells += [f"{peer[key]:.1f}", f"{ours[key] / peer[key]:.2f}"]
         cells += [f"{floor[key]:.1f}", f"{floor[key] / ours[key]:.0%}"]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     for key, title in {"tokens_per_second": "reply tokens a second", "gibibytes": "**peak memory, GiB**"}.items():
-        lines.append(f"| {title} | {ours[key]:.2f} | {trl[key]:.2f} | {ours[key] / trl[key]:.2f} | | |")
+        cells = [f"{ours[key]:.2f}"]
+        for peer in (trl, tuned):
+            cells += [f"{peer[key]:.2f}", f"{ours[key] / peer[key]:.2f}"]
+        lines.append(f"| {title} | " + " | ".join(cells) + " | | |")
     return "\n".join(lines) + "\n"
 
 
@@ -205,7 +211,7 @@ def main() -> None:
         return
     install_trl(args.output_dir / "trl")
     tables = []
-    with tqdm(total=3 * args.rounds * len(args.settings), desc="runs") as progress:
+    with tqdm(total=4 * args.rounds * len(args.settings), desc="runs") as progress:
         for name in args.settings:
             found = compare(name, SETTINGS[name], args, progress)
             tables.append(table(name, SETTINGS[name], found))

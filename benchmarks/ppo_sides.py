@@ -1,7 +1,8 @@
 """One side of benchmarks/ppo_iteration.py in a process of its own: real PPO iterations on given shapes, timed by phase.
 
     python -m benchmarks.ppo_sides ours FOLDER          this toolkit: rl_training.main() with its usual arguments
-    python -m benchmarks.ppo_sides trl FOLDER           TRL's PPOTrainer, from the folder that TRL_FOLDER names
+    python -m benchmarks.ppo_sides trl FOLDER           TRL's PPOTrainer as it comes, from the folder that TRL_FOLDER names
+    python -m benchmarks.ppo_sides trl_tuned FOLDER     the same with less to train and nothing computed twice
     python -m benchmarks.ppo_sides rate FOLDER          matrix products alone
 
 FOLDER is what `make_inputs` wrote.  The last line of the output is a JSON object.
@@ -148,7 +149,9 @@ def ours(folder: Path, iterations: int) -> dict[str, Any]:
     """Iterations of rl_training.main()."""
     import rl_training
     from utils import rollout
+    from utils.arguments import keep_freed_memory
 
+    keep_freed_memory()  # as run_script() does
     shapes, rows = read_inputs(folder)
     lengths = reply_lengths(rows)
     phases = Phases()
@@ -201,8 +204,12 @@ def ours(folder: Path, iterations: int) -> dict[str, Any]:
     return {"iterations": phases.iterations}
 
 
-def trl(folder: Path, iterations: int) -> dict[str, Any]:
-    """Iterations of TRL's PPOTrainer: LoRA on policy and value model, the policy without its adapter as reference."""
+def trl(folder: Path, iterations: int, tuned: bool = False) -> dict[str, Any]:
+    """Iterations of TRL's PPOTrainer with LoRA on the policy, which is the reference without its adapter.
+
+    As it comes, it trains the whole value model and computes activations again in the backward pass.  tuned: LoRA on the value
+    model too, and activations are kept.
+    """
     sys.path.insert(0, os.environ["TRL_FOLDER"])
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from datasets import Dataset
@@ -265,9 +272,10 @@ def trl(folder: Path, iterations: int) -> dict[str, Any]:
         AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1, **options) for _ in range(2)
     )
     reward.requires_grad_(False)
-    value.requires_grad_(False)
-    value = inject_adapter_in_model(LoraConfig(task_type="SEQ_CLS", **lora), value)
-    value.score.requires_grad_(True)
+    if tuned:
+        value.requires_grad_(False)
+        value = inject_adapter_in_model(LoraConfig(task_type="SEQ_CLS", **lora), value)
+        value.score.requires_grad_(True)
     data = Dataset.from_list([{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in rows])
     config = PPOConfig(
         output_dir=str(folder / f"trl-{os.getpid()}"),
@@ -282,7 +290,7 @@ def trl(folder: Path, iterations: int) -> dict[str, Any]:
         num_sample_generations=0,
         save_strategy="no",
         bf16=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=not tuned,
         use_cpu=True,
         disable_tqdm=True,
         report_to=[],
@@ -322,7 +330,12 @@ def rate(folder: Path, _: int) -> dict[str, Any]:
     return {"rate": best}
 
 
-SIDES: dict[str, Callable[[Path, int], dict[str, Any]]] = {"ours": ours, "trl": trl, "rate": rate}
+SIDES: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    "ours": ours,
+    "trl": trl,
+    "trl_tuned": functools.partial(trl, tuned=True),
+    "rate": rate,
+}
 
 
 def main() -> None:

@@ -5,10 +5,12 @@ checked by the same parser: aliases work in both, an unknown key is an error in 
 """
 
 import argparse
+import ctypes
 import difflib
 import json
 import math
 import os
+import platform
 import signal
 import sys
 import unicodedata
@@ -342,11 +344,24 @@ def check_output_dir(training_args: TrainingArguments) -> None:
         check_new_folder(training_args.output_dir, ", or --resume_from_checkpoint true to go on with the run in it")
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next tensor, instead of giving it back to Linux page by page.
+
+    A forward pass on a CPU frees and takes the same megabytes again and again; each time Linux clears the pages.  Without
+    this a PPO iteration takes about an eighth longer (benchmarks/ppo_iteration.py, two cores).  Elsewhere it does nothing.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the largest value that there may be
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: likewise
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Call `main`; what a user can understand becomes one line on stderr, anything else keeps its traceback.
 
     Exit codes: 2 for an InputError, 1 for a RunError, 128 + the number of the signal for a run that one ended.
     """
+    keep_freed_memory()
     try:
         main()
     except (InputError, RunError) as error:
