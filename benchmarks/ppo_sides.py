@@ -207,8 +207,8 @@ def ours(folder: Path, iterations: int) -> dict[str, Any]:
 def trl(folder: Path, iterations: int, tuned: bool = False) -> dict[str, Any]:
     """Iterations of TRL's PPOTrainer with LoRA on the policy, which is the reference without its adapter.
 
-    As it comes, it trains the whole value model and computes activations again in the backward pass.  tuned: LoRA on the value
-    model too, and activations are kept.
+    As it comes, it trains the whole value model and computes activations again in the backward pass.  tuned: LoRA on the
+    value model too, and activations are kept.
     """
     sys.path.insert(0, os.environ["TRL_FOLDER"])
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
