@@ -80,7 +80,7 @@ def install_trl(folder: Path) -> None:
 
 def run_side(side: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """What benchmarks/ppo_sides.py found, in a process of its own."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"OMP_NUM_THREADS": str(args.threads), "TRL_FOLDER": str(args.output_dir.resolve() / "trl")}
     command = [sys.executable, "-m", "benchmarks.ppo_sides", side, str(folder)]
     command += ["--iterations", str(args.iterations), "--threads", str(args.threads)]

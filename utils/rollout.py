@@ -30,7 +30,7 @@ LOGIT_CHUNK = {"cpu": 2**22, "cuda": 2**25}
 
 # What a layer costs in a forward and backward pass before its first token, in floating-point operations: the time that
 # starting some hundred small operations takes, at the rate of large ones.
-PASS_OVERHEAD = {"cpu": 1e8, "cuda": 1e11}
+PASS_OVERHEAD = {"cpu": 4e8, "cuda": 1e11}
 # More tokens in a pass make a CPU no faster and need more memory, unless the model is so small that passes are dear.
 PASS_TOKENS = {"cpu": 256, "cuda": 2**31}
 
@@ -118,7 +118,7 @@ def pass_limits(base: PreTrainedModel, device: torch.device) -> tuple[float, int
     embedding = base.get_input_embeddings().weight.numel()  # looked up, not multiplied with
     layer_size = (sum(parameter.numel() for parameter in base.base_model.parameters()) - embedding) / layers
     overhead = PASS_OVERHEAD[device.type] / (4 * layer_size)
-    return overhead, max(PASS_TOKENS[device.type], int(20 * overhead))
+    return overhead, max(PASS_TOKENS[device.type], int(8 * overhead))
 
 
 def make_batch(queries: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int) -> Batch:
