@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 import merge_lora
 from tests.conftest import make_model, make_tokenizer, save_base
-from tests.helpers import Stages, load_plain, make_stages, strengthen
+from tests.helpers import Stages, load_plain, make_stages, own_lines, strengthen
 from utils.adapters import (
     REWARD,
     add_score_head,
@@ -276,8 +276,8 @@ def test_exit_code_of_the_script(tmp_path):
     command = [sys.executable, str(script), "--base_model_name", "B", "--adapter_path", str(tmp_path / "none")]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --adapter_path ")
-    assert len(done.stderr.splitlines()) == 1
+    assert own_lines(done.stderr).startswith("error: --adapter_path ")
+    assert len(own_lines(done.stderr).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 

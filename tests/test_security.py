@@ -19,6 +19,7 @@ from tests.conftest import make_tokenizer
 from tests.helpers import Stages, load_plain, make_stages, run_main
 from utils.adapters import POLICY, attach_adapter, load_base, load_tokenizer, load_weights, read_adapter
 from utils.arguments import InputError, ModelArguments, printable, run_script, say
+from utils.checkpoints import seal
 from utils.data import read_dataset
 
 
@@ -94,6 +95,7 @@ def test_a_checkpoint_from_elsewhere_runs_no_code(
     run_main(sft_training, [*words, "--max_steps", "1"], monkeypatch)
     assert (tmp_path / "run" / "checkpoint-1" / file).is_file()
     torch.save({"state": Trap(tmp_path / "sprung")}, tmp_path / "run" / "checkpoint-1" / file)
+    seal(tmp_path / "run" / "checkpoint-1")  # as whoever made the trap would
     with pytest.raises((pickle.UnpicklingError, InputError)):
         run_main(sft_training, [*words, "--max_steps", "2", "--resume_from_checkpoint", "true"], monkeypatch)
     assert not (tmp_path / "sprung").exists()

@@ -44,6 +44,7 @@ from utils.adapters import (
 )
 from utils.arguments import InputError, LoraArguments, ModelArguments, one_line, say
 from utils.rollout import logit_rows, pass_limits
+from utils.sharding import loading_whole
 
 FLOAT = 4  # bytes of float32, which adapters, heads, gradients and optimizer state are in
 TRL_TILE = (4096, 32768)  # tokens and vocabulary of one tile in the fused LM head of TRL's SFTTrainer
@@ -88,7 +89,7 @@ def empty_base(model_args: ModelArguments, dtype: torch.dtype) -> PreTrainedMode
     """The base without numbers: on the meta device, frozen.  Raises InputError when its configuration cannot be read."""
     config = base_config(model_args)
     try:
-        with torch.device("meta"):
+        with loading_whole(), torch.device("meta"):  # ZeRO-3 would spread numbers that are not there
             base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model_args.trust_remote_code)
     except (ValueError, ImportError) as error:
         raise InputError(

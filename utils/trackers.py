@@ -38,6 +38,7 @@ TRACKER_NAMES = {  # metrics.jsonl -> trackers; guard/... and heldout/... are ca
     "learning_rate": "policy/learning_rate",
     "optimizer_steps": "policy/optimizer_steps",
     "stopped_early": "policy/stopped_early",
+    "nonfinite_steps": "policy/nonfinite_steps",
     "value_loss": "value/loss",
     "value_clip_fraction": "value/clip_fraction",
     "values_mean": "value/mean",
