@@ -7,6 +7,7 @@ other, because the models share one base.  Whatever is said is shown as text: it
 import contextlib
 import html
 import os
+import sys
 import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -216,3 +217,5 @@ def serve(talkers: Talkers, base: str, port: int) -> None:
         raise InputError(f"port {port} cannot be used: {error}; choose another one with --port") from error
     say(f"{base} with {', '.join(talkers.adapters)} at http://{ADDRESS}:{port}; Ctrl-C ends it")
     page.block_thread()
+    sys.stdout.flush()
+    os._exit(0)  # at once: Python would wait for a reply that is still being sampled for a page that is gone
