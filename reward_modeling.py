@@ -504,19 +504,20 @@ def main() -> None:
         size = training_args.per_device_eval_batch_size
         sft_sequences = sample_sft_replies(unwrapped, sft, queries, data_args, tokenizer, size)
     probed, scores = probe(trainer, probes, sft_sequences)
-    sharded = is_sharded(unwrapped)
-    whole = (
-        whole_parameters(unwrapped, lambda name: any(f".{member}." in name for member in members)) if sharded else {}
-    )
+    whole = None
+    if is_sharded(unwrapped):
+        whole = whole_parameters(unwrapped, lambda name: any(f".{member}." in name for member in members))
     if trainer.is_world_process_zero():
         folder, sample = training_args.output_dir, trainer.collate(list(eval_dataset.take(min(8, len(eval_dataset)))))
+        if whole is None:
+            difference = check_saved_adapter(unwrapped, folder, sample, members)
+        else:
+            difference = check_saved_tensors(whole, folder, members)
         card = {
             **pair_measures(prediction.predictions, prediction.label_ids, reply_lengths(ordinary)),
             "loss": prediction.metrics["eval_loss"],
             **probed,
-            "reload_difference": check_saved_tensors(whole, folder, members)
-            if sharded
-            else check_saved_adapter(unwrapped, folder, sample, members),
+            "reload_difference": difference,
             "ensemble_size": training_args.ensemble_size,
             "ensemble_penalty": training_args.ensemble_penalty,
         }

@@ -85,7 +85,6 @@ from utils.report import IterationLines, RunFiles, append_jsonl, draw_curves, ru
 from utils.reward_card import in_short, read_card
 from utils.rollout import (
     Batch,
-    ReplyStatistics,
     Sampling,
     check_output_logits,
     draw_replies,
@@ -428,20 +427,22 @@ class PPOTrainer(SteadyTrainer):
         broken = ~replies.statistics.logprobs.isfinite().all(1)  # sampled from no distribution
         model.train(was_training)
         batch = Batch(*(part.to(device) for part in make_batch(queries, replies.ids, self.sampling.pad_token_id)))
-        logprobs, ref_logprobs, values, entropy = torch.zeros(4, *batch.response_mask.shape, device=device)
+        logprobs, values, entropy = replies.statistics
+        if self.has_critic:
+            values = torch.zeros_like(logprobs)
+        ref_logprobs = torch.zeros_like(logprobs)
         scores = torch.zeros(len(queries), device=device)
         for index in self.passes(batch, torch.arange(len(queries), device=device)):
             rows = batch.rows(index)
             width = rows.response_mask.shape[1]
             inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
-            if self.same_arithmetic:
-                policy = ReplyStatistics(
-                    *(part if part is None else part[index, :width] for part in replies.statistics)
-                )
-            else:
+            if not self.same_arithmetic:  # the update must start at a ratio of 1
                 policy = model(**inputs, job=reply_job(rows, self.sampling, not self.has_critic, with_entropy=True))
-            logprobs[index, :width], entropy[index, :width] = policy.logprobs.float(), policy.entropy.float()
-            values[index, :width] = self.critic_values(model, rows) if self.has_critic else policy.values
+                logprobs[index, :width], entropy[index, :width] = policy.logprobs.float(), policy.entropy.float()
+                if not self.has_critic:
+                    values[index, :width] = policy.values.float()
+            if self.has_critic:
+                values[index, :width] = self.critic_values(model, rows)
             with use_adapter(unwrapped, REFERENCE):
                 reference = model(**inputs, job=reply_job(rows, self.sampling, with_values=False, with_entropy=False))
             ref_logprobs[index, :width] = reference.logprobs.float()
@@ -729,7 +730,7 @@ class PPOTrainer(SteadyTrainer):
         if self.is_world_process_zero():
             folder = os.path.join(self.args.output_dir, BEST)
             with saving(folder):
-                self._save(folder + ".new", state)
+                self.write_policy(folder + ".new", state)
                 write_json({**self.record, "best": self.guard.best}, folder + ".new", "run.json")
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(folder + ".new", folder)
@@ -792,26 +793,24 @@ class PPOTrainer(SteadyTrainer):
         """Gather what is trained from all processes, and let the first one write it."""
         state = self.trained_state()
         if self.args.should_save:
-            self._save(output_dir, state)
+            self.write_policy(output_dir or self.args.output_dir, state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The policy adapter, the value head, the tokenizer and what PPO itself has to remember."""
-        if not self.args.should_save:
-            return
-        folder = output_dir or self.args.output_dir
+    def write_policy(self, folder: str, state: dict[str, Tensor]) -> None:
+        """The policy adapter, the critic, the value head, the tokenizer and what PPO itself has to remember.
+
+        state: from `trained_state`.
+        """
         os.makedirs(folder, exist_ok=True)
         adapters = [POLICY, CRITIC] if self.has_critic else [POLICY]
-        model = self.accelerator.unwrap_model(self.model)
-        state = self.trained_state() if state_dict is None else state_dict
-        model.save_pretrained(folder, state_dict=state, selected_adapters=adapters)
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state, selected_adapters=adapters)
         save_value_head(state, folder)
         self.processing_class.save_pretrained(folder)
         write_json({"kl_coef": self.kl_coef, "guard": self.guard.state()}, folder, STATE_FILE)
 
     def load_policy(self, folder: str) -> None:
-        """Fill policy adapter, critic and value head from a folder that `_save` wrote."""
+        """Fill policy adapter, critic and value head from a folder that `write_policy` wrote."""
         model = self.accelerator.unwrap_model(self.model)
         load_weights(model, folder, POLICY)
         if self.has_critic:

@@ -11,7 +11,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same on a machine w
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # nothing is left in, or read from, the user's own cache
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # nothing is left in, or read from, the user's own caches
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read when trackio is imported, by whichever test comes first
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+for own_cache in ("HF_DATASETS_CACHE", "TRACKIO_DIR"):
+    atexit.register(shutil.rmtree, os.environ[own_cache], ignore_errors=True)
 
 TEXTS = [
     "问：你好吗？\n\n答：我很好，谢谢你！",

@@ -109,9 +109,8 @@ class SteadyTrainer(Trainer):
         self.stopped_by = 0  # number of the signal, once all processes know it
         self.resumed_from: str | None = None
         self.writes_aside = False
-        self.step_batches: list[
-            tuple[dict[str, Any], bool]
-        ] = []  # of this step: micro-batch, whether its loss is finite
+        # the micro-batches of this step, and whether the loss of each is finite
+        self.step_batches: list[tuple[dict[str, Any], bool]] = []
         self.lost: tuple[str, str] | None = None  # what made this step impossible, and what to do about it
         self.lost_in_a_row = 0
         self.lost_since_log = 0
@@ -311,22 +310,16 @@ class SteadyTrainer(Trainer):
         """One warning line, and prompts and replies into nonfinite.jsonl."""
         say(f"warning: {self.step_name} {step}: NaN or infinity in {what}; {NONFINITE_FILE} has the replies")
         if self.is_world_process_zero():
-            append_jsonl(
-                [
-                    {self.step_name: step, "quantity": what, "prompt": prompt, "response": response}
-                    for prompt, response in rows
-                ],
-                self.args.output_dir,
-                NONFINITE_FILE,
-            )
+            lines = [
+                {self.step_name: step, "quantity": what, "prompt": prompt, "response": text} for prompt, text in rows
+            ]
+            append_jsonl(lines, self.args.output_dir, NONFINITE_FILE)
 
     def as_text(self, inputs: dict[str, Tensor]) -> list[tuple[str, str]]:
         """Prompt and reply of each row of a micro-batch; -100 among the labels stands for the prompt."""
         parts = []
-        for number, (ids, labels) in enumerate(zip(inputs["input_ids"], inputs["labels"], strict=True)):
-            real = (
-                inputs["attention_mask"][number].bool() if "attention_mask" in inputs else torch.ones_like(ids).bool()
-            )
+        masks = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        for ids, labels, real in zip(inputs["input_ids"], inputs["labels"], masks, strict=True):
             parts += [ids[real & (labels == -100)].tolist(), ids[real & (labels != -100)].tolist()]
         texts = self.processing_class.batch_decode(parts, skip_special_tokens=True)
         return list(zip(texts[::2], texts[1::2], strict=True))
