@@ -463,7 +463,7 @@ def test_the_gradient_is_that_of_a_plain_implementation(
     The reference is autograd through transformers' own forward pass, logits of every position, one row at a time, with the
     loss written out as in the papers.
     """
-    monkeypatch.setitem(rollout.LOGIT_CHUNK, "cpu", 5 * 320)
+    monkeypatch.setattr(rollout, "TILE", 64)
     monkeypatch.setitem(rollout.PASS_OVERHEAD, "cpu", 0.0)  # one length a part
     settings = {"ppo_epochs": 1, "max_grad_norm": 0.0, "mini_batch_size": 8, **arguments}
     trainer = make_ppo_trainer(stages, tmp_path, **settings)

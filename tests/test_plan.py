@@ -168,11 +168,15 @@ def test_the_cache_is_as_large_as_a_real_one(tmp_path, family):
 
 def test_logits_by_hand(base_path, monkeypatch):
     base = empty(base_path)
-    cpu, states = torch.device("cpu"), 2 * 10 * 32 * 4
-    assert plan.reply_logit_bytes(base, 10, False, cpu) == 5 * 10 * 320 * 4
-    assert plan.reply_logit_bytes(base, 10, True, cpu) == 3.25 * 10 * 320 * 4 + states
+    cpu, states = torch.device("cpu"), 3 * 10 * 32 * 4
+    assert plan.reply_logit_bytes(base, 10, False, cpu) == 6 * 10 * 320 * 4
+    assert plan.reply_logit_bytes(base, 10, True, cpu) == 6 * 10 * 320 * 4 + states
+    monkeypatch.setattr(rollout, "TILE", 64)
+    assert plan.reply_logit_bytes(base, 10, True, cpu) == 6 * 10 * 64 * 4 + states
+    base.get_output_embeddings().weight.requires_grad_(True)
+    assert plan.reply_logit_bytes(base, 10, True, cpu) == 6 * 10 * 320 * 4
     monkeypatch.setitem(rollout.LOGIT_CHUNK, "cpu", 320 * 4)  # four tokens at a time
-    assert plan.reply_logit_bytes(base, 10, True, cpu) == 3.25 * 4 * 320 * 4 + states
+    assert plan.reply_logit_bytes(base, 10, False, cpu) == 5 * 4 * 320 * 4
     # 10 tokens fill one tile of 320 columns, 8.25 times; hidden states of width 32 and their gradient
     assert plan.sft_logit_bytes(base, 10, on_cpu(), training=True) == 8.25 * 10 * 320 * 4 + 2 * 10 * 32 * 4
     assert plan.sft_logit_bytes(base, 5000, on_cpu(), training=False) == 4 * 4096 * 320 * 4 + 5000 * 32 * 4

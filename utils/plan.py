@@ -43,7 +43,7 @@ from utils.adapters import (
     part_size,
 )
 from utils.arguments import InputError, LoraArguments, ModelArguments, one_line, say
-from utils.rollout import logit_rows, pass_limits
+from utils.rollout import is_plain, logit_rows, pass_limits, vocabulary_tiles
 from utils.sharding import loading_whole
 
 FLOAT = 4  # bytes of float32, which adapters, heads, gradients and optimizer state are in
@@ -237,8 +237,8 @@ def sampling_phases(model: PeftModel, rows: int, prompt: int, reply: int, args: 
     """Phases of the sampler: reading B prompts of P tokens, and the last step of T.
 
     A step lengthens the cache of a layer by copying it, and repeats keys and values for the query heads that share them:
-    2 * B * (P + T) * heads * head width at once.  Drawing a token from [B, V] logits needs log-probs and
-    probabilities (2 in float32), and two tensors in float64 for the cumulative sum (4 more of that size).
+    2 * B * (P + T) * heads * head width at once.  Drawing a token from [B, V] logits needs them, log-probs,
+    probabilities and the blocks of these (4).
     """
     base = model.get_base_model()
     config = base.config.get_text_config()
@@ -252,7 +252,7 @@ def sampling_phases(model: PeftModel, rows: int, prompt: int, reply: int, args: 
         "sampling": {
             "KV cache": cache_bytes(base, rows, prompt + reply),
             "activations": repeated,
-            "logits": 6 * rows * vocabulary(base) * FLOAT,
+            "logits": 4 * rows * vocabulary(base) * FLOAT,
         },
     }
 
@@ -263,15 +263,21 @@ def vocabulary(base: PreTrainedModel) -> int:
 
 
 def reply_logit_bytes(base: PreTrainedModel, tokens: int, training: bool, device: torch.device) -> int:
-    """The most that `reply_job` holds of the logits of N reply tokens, in tensors [n, V] for n tokens at a time.
+    """The most that `reply_job` holds of the logits of N reply tokens, and of what it makes of them.
 
-    Without gradients five: logits, log-probs, probabilities, log-probs without -inf, the product of the two (entropy).
-    With gradients 3.25: the log-probs, a mask of one byte, the gradients in front of and behind log_softmax; and beside them
-    the gradient of each log-prob with respect to its hidden state, [N, H], twice while the parts are joined.
+    Of a tile [N, C] of the vocabulary at most six tensors: the model's logits, those of the sampler, the derivative of the
+    one by the other and the ones it is made from, the distance to the largest, and a bounded copy.  In training beside them
+    the derivative of each log-prob by its hidden state: three tensors [N, H].
+
+    An output embedding that is trained or not plain goes through n tokens at a time: without gradients five tensors [n, V]
+    (logits, log-probs, probabilities, bounded log-probs, logits of the model); with gradients one more.
     """
+    head = base.get_output_embeddings()
+    if is_plain(head):
+        columns = max(tile.stop - tile.start for tile in vocabulary_tiles(device, tokens, vocabulary(base)))
+        return (6 * tokens * columns + 3 * training * tokens * hidden_width(base)) * FLOAT
     rows = min(tokens, logit_rows(device, vocabulary(base)))
-    states = 2 * tokens * hidden_width(base) * FLOAT if training else 0
-    return int((3.25 if training else 5) * rows * vocabulary(base) * FLOAT) + states
+    return (5 + training) * rows * vocabulary(base) * FLOAT
 
 
 def sft_logit_bytes(base: PreTrainedModel, tokens: int, args: TrainingArguments, training: bool) -> int:

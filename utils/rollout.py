@@ -24,15 +24,17 @@ from utils.arguments import InputError, RunError
 from utils.data import pad_right
 from utils.sharding import is_sharded
 
-# Logits held at once, in numbers.  On a CPU 16 MiB of float32: they stay in its cache, and larger blocks would be fetched
-# from the operating system and given back each time.  A GPU needs some hundred rows to be busy.
+# Logits held at once, in numbers.  On a CPU 16 MiB of float32, on a GPU, which needs more of them to be busy, 128 MiB.
 LOGIT_CHUNK = {"cpu": 2**22, "cuda": 2**25}
+# Rows of the output embedding that are multiplied with at once, at least.  A CPU takes no more: these weights and their
+# logits stay in its cache, and a product with the whole embedding is half as fast.
+TILE = 1024
 
 # What a layer costs in a forward and backward pass before its first token, in floating-point operations: the time that
 # starting some hundred small operations takes, at the rate of large ones.
 PASS_OVERHEAD = {"cpu": 4e8, "cuda": 1e11}
 # More tokens in a pass make a CPU no faster and need more memory, unless the model is so small that passes are dear.
-PASS_TOKENS = {"cpu": 256, "cuda": 2**31}
+PASS_TOKENS = {"cpu": 512, "cuda": 2**31}
 
 
 @dataclass(frozen=True)
@@ -129,20 +131,25 @@ def make_batch(queries: Sequence[Sequence[int]], responses: Sequence[Sequence[in
     return Batch(ids, mask, torch.tensor([len(query) for query in queries]), response_mask.bool())
 
 
-def sampling_logits(logits: Tensor, seen: Tensor | None, is_first: Tensor, sampling: Sampling) -> Tensor:
-    """Logits of the distribution that a token is sampled from, float32 [N, V].
+def sampling_logits(
+    logits: Tensor, seen: Tensor | None, is_first: Tensor, sampling: Sampling, first_column: int = 0
+) -> Tensor:
+    """Logits of the distribution that a token is sampled from, float32 [N, C].  Each comes from one logit alone.
 
-    logits: [N, V] from the model; seen: bool [N, V], True on tokens that the prompt or the reply so far holds (None where
-    there is no repetition penalty); is_first: bool [N], True where the token is the first of its reply.
+    logits: [N, C] from the model, of the C tokens from `first_column` on; seen: bool [N, C], True on tokens that the prompt
+    or the reply so far holds (None where there is no repetition penalty); is_first: bool [N], True where the token is the
+    first of its reply.
     The order is that of transformers: repetition penalty (Keskar et al. 2019, eq. 2), suppression, temperature.
     """
     logits = logits.float()
     if seen is not None:
         penalised = torch.where(logits < 0, logits * sampling.repetition_penalty, logits / sampling.repetition_penalty)
         logits = torch.where(seen, penalised, logits)
-    if sampling.begin_suppress_tokens and is_first.any():  # else a pass over all logits for nothing
+    columns = [token - first_column for token in sampling.begin_suppress_tokens]
+    columns = [column for column in columns if 0 <= column < logits.shape[-1]]
+    if columns and is_first.any():  # else a pass over all logits for nothing
         banned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        banned[list(sampling.begin_suppress_tokens)] = True
+        banned[columns] = True
         logits = logits.masked_fill(is_first.unsqueeze(-1) & banned, -torch.inf)
     return logits if sampling.temperature == 1 else logits / sampling.temperature
 
@@ -172,18 +179,32 @@ def draw_job(uniforms: Tensor, seen: Tensor | None, first: bool, sampling: Sampl
         states = hidden[:, -1]  # [R, H]
         is_first = torch.full(states.shape[:1], first, device=states.device)
         logprobs = sampling_logits(output_logits(base, states), seen, is_first, sampling).log_softmax(-1)  # [R, V]
-        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # float32 sums lose the tail of a large vocabulary
-        if sampling.greedy:
-            tokens = logprobs.argmax(-1, keepdim=True)
-        else:
-            target = uniforms[:, None] * cumulative[:, -1:]
-            tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logprobs.shape[-1] - 1)  # [R, 1]
-        lost = ~cumulative[:, -1].isfinite()  # no distribution: the reply ends, and its log-prob is NaN
-        tokens[lost] = sampling.eos_token_id
+        probabilities = logprobs.exp()
+        tokens = logprobs.argmax(-1) if sampling.greedy else inverse_cumulative(probabilities, uniforms)
+        entropy = entropies(logprobs, probabilities)
+        tokens[~entropy.isfinite()] = sampling.eos_token_id  # no distribution: the reply ends, and its log-prob is NaN
         values = state_values(base, states) if with_values else None
-        return Drawn(tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1), entropies(logprobs), values)
+        return Drawn(tokens, logprobs.gather(1, tokens[:, None]).squeeze(1), entropy, values)
 
     return job
+
+
+def inverse_cumulative(probabilities: Tensor, uniforms: Tensor, block: int = 256) -> Tensor:
+    """The first token of each row at which the cumulative probability is above `uniforms` of the sum, int64 [R].
+
+    probabilities: float32 [R, V], not necessarily of sum 1; uniforms: float64 [R] in [0, 1).  First the block of tokens is
+    found, then the token in it: running sums of a whole vocabulary take long in float64, and lose its tail in float32.
+    """
+    blocks = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % block)).unflatten(1, (-1, block))
+    ends = blocks.sum(-1).cumsum(1, dtype=torch.float64)  # [R, blocks]
+    target = (uniforms * ends[:, -1])[:, None]
+    number = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[1] - 1)  # [R, 1]
+    own = blocks.gather(1, number[..., None].expand(-1, -1, block)).squeeze(1)  # [R, block]
+    inside = own.cumsum(1, dtype=torch.float64)
+    # what rounding may not do: end in front of the block's first token, or behind its last one, where nothing is probable
+    target = (target - ends.gather(1, number) + inside[:, -1:]).clamp(min=0)
+    target = torch.minimum(target, inside[:, -1:] * (1 - 1e-15))
+    return (number * block + torch.searchsorted(inside, target, right=True).clamp(max=block - 1)).squeeze(1)
 
 
 def uniform_streams(seeds: Sequence[int], length: int) -> Tensor:
@@ -294,8 +315,16 @@ def draw_replies(
 
 
 def output_logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits [N, V] of hidden states [N, H], with the scaling that a few families apply behind the output embedding."""
-    logits = base.get_output_embeddings()(hidden)
+    """Logits [N, V] of hidden states [N, H]."""
+    head = base.get_output_embeddings()
+    if not is_plain(head):
+        return scale_logits(base, head(hidden))
+    tiles = vocabulary_tiles(hidden.device, len(hidden), head.weight.shape[0])
+    return scale_logits(base, torch.cat([tile_logits(head, hidden, tile) for tile in tiles], -1))
+
+
+def scale_logits(base: PreTrainedModel, logits: Tensor) -> Tensor:
+    """What a few families do to each logit behind the output embedding."""
     config = base.config.get_text_config()
     if getattr(config, "logit_scale", None):  # Cohere
         logits = logits * config.logit_scale
@@ -303,6 +332,22 @@ def output_logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
         logits = logits / config.logits_scaling
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def is_plain(head: nn.Module) -> bool:
+    """Whether an output embedding is one frozen matrix that lies here whole: no adapter on it, not a part of it (ZeRO-3)."""
+    return type(head) is nn.Linear and not head.weight.requires_grad and head.weight.dim() == 2
+
+
+def vocabulary_tiles(device: torch.device, rows: int, vocabulary: int) -> list[slice]:
+    """The vocabulary in parts, for products of [rows, H] with the output embedding."""
+    width = TILE if device.type == "cpu" else max(TILE, LOGIT_CHUNK["cuda"] // rows)
+    return [slice(start, min(start + width, vocabulary)) for start in range(0, vocabulary, width)]
+
+
+def tile_logits(head: nn.Linear, hidden: Tensor, tile: slice) -> Tensor:
+    """Logits of the tokens of `tile` alone, [N, C]."""
+    return nn.functional.linear(hidden, head.weight[tile], None if head.bias is None else head.bias[tile])
 
 
 @torch.no_grad()
@@ -329,76 +374,117 @@ def logit_rows(device: torch.device, vocabulary: int) -> int:
     return max(1, LOGIT_CHUNK.get(device.type, LOGIT_CHUNK["cuda"]) // vocabulary)
 
 
-def entropies(logprobs: Tensor) -> Tensor:
-    """Entropy of each distribution in nats, [N]; logprobs [N, V].  A suppressed token has probability 0 and adds nothing."""
-    return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0)).sum(-1)
+def entropies(logprobs: Tensor, probabilities: Tensor) -> Tensor:
+    """Entropy of each distribution [N, V] in nats, [N].  A suppressed token has probability 0 and adds nothing."""
+    return -torch.linalg.vecdot(probabilities, logprobs.clamp(min=torch.finfo(logprobs.dtype).min))
 
 
-class _WithGradient(torch.autograd.Function):
-    """y = f(x) for an f that maps each row of x [N, H] to one number, with dy/dx taken in the forward pass, part by part.
-
-    Log-probs need the logits [N, V] again for their gradient.  Kept, they are the largest tensor of the update; computed
-    again in the backward pass, they cost a third product with the output embedding.  The gradient itself is as small as x.
-    """
+class _KnownGradient(torch.autograd.Function):
+    """y [N], and dy/dx [N, H] for x [N, H], of which each row makes one number."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, function: Callable[[slice, Tensor], Tensor], parts: list[slice]) -> Tensor:
-        results, gradients = [], []
-        for part in parts:
-            own = states[part].detach().requires_grad_()
-            with torch.enable_grad():
-                result = function(part, own)
-                gradients += torch.autograd.grad(result.sum(), own)  # a row's number depends on that row alone
-            results.append(result.detach())
-        ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(results)
+    def forward(ctx: Any, states: Tensor, results: Tensor, slopes: Tensor) -> Tensor:
+        ctx.save_for_backward(slopes)
+        ctx.dtype = states.dtype
+        return results.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (own,) = ctx.saved_tensors
-        return (gradient[:, None] * own).to(own.dtype), None, None
+        (slopes,) = ctx.saved_tensors
+        return (gradient[:, None] * slopes).to(ctx.dtype), None, None
+
+
+@torch.no_grad()
+def tiled_logprobs(
+    head: nn.Linear,
+    states: Tensor,
+    tokens: Tensor,
+    shape: Callable[[Tensor, slice], Tensor],
+    with_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-prob of each token [N], entropy of its distribution [N], and with_slopes the log-prob's derivative [N, H].
+
+    The distribution is the softmax of shape(logits, tile), where `shape` works on each logit alone: logits are [N, C], of
+    the tokens of `tile`.  states: [N, H]; tokens: int64 [N].
+
+    The logits [N, V] never exist.  As in attention that goes through the keys in blocks (Dao et al. 2022), sums over the
+    vocabulary are kept relative to the largest logit so far.  With z the shaped logit, y the plain one, p = softmax(z):
+    d log p(t) / d state = dz(t)/dy(t) w(t) - sum over v of p(v) dz(v)/dy(v) w(v), where w(v) is row v of the embedding.
+    """
+    peak = torch.full(tokens.shape, -torch.inf, device=states.device)
+    own, total, mean = (torch.zeros_like(peak) for _ in range(3))  # z(t); sums of exp(z - peak) and of z exp(z - peak)
+    own_slope = torch.ones_like(peak)
+    slopes = torch.zeros(states.shape, device=states.device) if with_slopes else None
+    for tile in vocabulary_tiles(states.device, len(states), head.weight.shape[0]):
+        plain = tile_logits(head, states, tile)
+        with torch.set_grad_enabled(with_slopes):
+            shaped = shape(plain.requires_grad_(with_slopes), tile)
+        by_plain = None
+        if with_slopes and shaped is not plain:
+            (by_plain,) = torch.autograd.grad(shaped, plain, torch.ones_like(shaped))
+        shaped = shaped.detach()
+
+        column = (tokens - tile.start).clamp(0, shaped.shape[1] - 1)[:, None]
+        is_here = (tokens >= tile.start) & (tokens < tile.stop)
+        own = torch.where(is_here, shaped.gather(1, column).squeeze(1), own)
+
+        old_peak, peak = peak, torch.maximum(peak, shaped.amax(1))
+        kept, weights = (old_peak - peak).exp(), (shaped - peak[:, None]).exp_()
+        total = total * kept + weights.sum(1)
+        mean = mean * kept + torch.linalg.vecdot(weights, shaped.clamp(min=torch.finfo(shaped.dtype).min))
+        if with_slopes:
+            if by_plain is not None:
+                own_slope = torch.where(is_here, by_plain.gather(1, column).squeeze(1).float(), own_slope)
+                weights *= by_plain
+            slopes = slopes * kept[:, None] + weights.to(plain.dtype) @ head.weight[tile]
+    log_total = peak + total.log()
+    if with_slopes:
+        slopes = own_slope[:, None] * head.weight[tokens] - slopes / total[:, None]
+    return own - log_total, log_total - mean / total, slopes
 
 
 def reply_job(batch: Batch, sampling: Sampling, with_values: bool, with_entropy: bool) -> Job:
     """Job that gives the ReplyStatistics of `batch`; the entropy has no gradient.
 
-    Only real reply positions reach the output embedding, `LOGIT_CHUNK` logits at a time, so that the logits of the whole
-    batch never exist at once.
+    Only real reply positions reach the output embedding, and the logits of all of them never exist at once: a frozen
+    embedding is gone through in tiles of the vocabulary, another one with few reply positions at a time.
     """
 
     def job(base: PreTrainedModel, hidden: Tensor) -> ReplyStatistics:
-        steps, rows = batch.response_mask.T.nonzero(as_tuple=True)  # [N], [N]: the first tokens of all replies first
+        rows, steps = batch.response_mask.nonzero(as_tuple=True)  # [N], [N]
         before = batch.query_lengths[rows] + steps - 1  # the position that predicts the token
         states = hidden[rows, before]  # [N, H]
         tokens = batch.input_ids[rows, before + 1]  # [N]
-        embedding = base.get_output_embeddings()
-        vocabulary = embedding.weight.shape[0]
+        head = base.get_output_embeddings()
+        vocabulary = head.weight.shape[0]
         first_seen = _first_seen(batch, vocabulary) if sampling.repetition_penalty != 1 else None  # [B, V]
-        entropy = []
 
-        def token_logprobs(part: slice, states: Tensor) -> Tensor:  # [n, H] -> [n]
-            seen = None if first_seen is None else first_seen[rows[part]] < steps[part, None]
-            logits = sampling_logits(output_logits(base, states), seen, steps[part] == 0, sampling)
-            logprobs = logits.log_softmax(-1)  # [n, V]
-            if with_entropy:
-                entropy.append(entropies(logprobs.detach()))
-            return logprobs.gather(1, tokens[part, None]).squeeze(1)
+        def shape(logits: Tensor, tile: slice, part: slice = slice(None)) -> Tensor:  # [n, C], [n, C]
+            seen = None if first_seen is None else first_seen[rows[part], tile] < steps[part, None]
+            return sampling_logits(scale_logits(base, logits), seen, steps[part] == 0, sampling, tile.start)
 
-        chunk = logit_rows(states.device, vocabulary)
-        parts = [slice(start, start + chunk) for start in range(0, len(tokens), chunk)]
-        if not torch.is_grad_enabled():
-            logprobs = torch.cat([token_logprobs(part, states[part]) for part in parts])
-        elif any(parameter.requires_grad for parameter in embedding.parameters()):  # an adapter on the output embedding
-            again = [checkpoint(token_logprobs, part, states[part], use_reentrant=False) for part in parts]
-            logprobs = torch.cat(again)
+        def chunk_statistics(part: slice, states: Tensor) -> tuple[Tensor, Tensor]:  # [n, H] -> [n], [n]
+            logprobs = shape(head(states), slice(0, vocabulary), part).log_softmax(-1)  # [n, V]
+            entropy = entropies(logprobs.detach(), logprobs.detach().exp())
+            return logprobs.gather(1, tokens[part, None]).squeeze(1), entropy
+
+        if is_plain(head):
+            needs_slopes = torch.is_grad_enabled()
+            logprobs, entropy, slopes = tiled_logprobs(head, states.detach(), tokens, shape, needs_slopes)
+            if needs_slopes:
+                logprobs = _KnownGradient.apply(states, logprobs, slopes)
         else:
-            logprobs = _WithGradient.apply(states, token_logprobs, parts)
+            chunk = logit_rows(states.device, vocabulary)
+            parts = [slice(start, start + chunk) for start in range(0, len(tokens), chunk)]
+            # Kept, the logits would be the largest tensor of the update, so they are computed again in the backward pass.
+            results = [checkpoint(chunk_statistics, part, states[part], use_reentrant=False) for part in parts]
+            logprobs, entropy = (torch.cat(column) for column in zip(*results, strict=True))
 
         def spread(values: Tensor) -> Tensor:  # [N] -> [B, T]
             return values.new_zeros(batch.response_mask.shape).index_put((rows, steps), values)
 
         values = spread(state_values(base, states)) if with_values else None
-        return ReplyStatistics(spread(logprobs), values, spread(torch.cat(entropy)) if with_entropy else None)
+        return ReplyStatistics(spread(logprobs), values, spread(entropy) if with_entropy else None)
 
     return job
 
