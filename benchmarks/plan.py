@@ -6,7 +6,8 @@ Random Llama models, random words, every row as long as --max_length allows (one
 padding).  Measured is the peak resident memory of the whole script (VmHWM, so Linux only) over that of a process which has
 imported it and done nothing.  glibc keeps freed blocks for later unless they are large, and raises what counts as large
 while the program runs; so MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_ARENA_MAX=1 are set, with which freed memory goes back to
-the system.  --malloc_defaults leaves both alone.  Writes plan.md.
+the system, and MALLOC_TRIM_THRESHOLD_ to glibc's own default, so that the scripts do not set theirs (`keep_freed_memory`).
+--malloc_defaults sets nothing: the scripts keep freed memory, as they do for a user.  Writes plan.md.
 """
 
 import argparse
@@ -268,7 +269,7 @@ def peak_of(script: str | None, module: str, words: list[str], log: Path, malloc
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not malloc_defaults:
-        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
     result = log.with_suffix(".peak")
     with open(log, "w", encoding="utf-8") as file:
         code = subprocess.run(
@@ -304,7 +305,7 @@ def row(folder: Path, setting: Setting, malloc_defaults: bool, say: Callable[[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for all runs and the table")
-    parser.add_argument("--malloc_defaults", action="store_true", help="leave glibc's memory allocation as it is")
+    parser.add_argument("--malloc_defaults", action="store_true", help="leave glibc's memory allocation to the scripts")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the settings, from 0; all by default")
     args = parser.parse_args()
     numbers = range(len(SETTINGS)) if args.only is None else args.only

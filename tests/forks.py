@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,15 +24,21 @@ SCRIPTS = {"sft": sft_training, "reward": reward_modeling, "ppo": rl_training}
 ROOT = Path(__file__).parent.parent
 
 
+def from_server() -> BaseContext:
+    """The context whose processes are forked from the server."""
+    os.environ["PYTHONPATH"] = str(ROOT)  # of the server, which imports this module by name
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def start(stage: str, arguments: Sequence[object], folder: Path, file_limit: int | None = None) -> BaseProcess:
     """Start a script as its command line would, with `folder` as the current one; its output goes to folder/log.txt.
 
     file_limit: the largest size of a file, in bytes, that it may write; a stand-in for a full disk.
     """
-    os.environ["PYTHONPATH"] = str(ROOT)  # of the server, which imports this module by name
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_run, args=(stage, list(map(str, arguments)), str(folder), file_limit))
+    arguments = (stage, list(map(str, arguments)), str(folder), file_limit)
+    process = from_server().Process(target=_run, args=arguments)
     process.start()
     return process
 

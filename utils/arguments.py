@@ -348,12 +348,15 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next tensor, instead of giving it back to Linux page by page.
 
     A forward pass on a CPU frees and takes the same megabytes again and again; each time Linux clears the pages.  Without
-    this a PPO iteration takes about an eighth longer (benchmarks/ppo_iteration.py, two cores).  Elsewhere it does nothing.
+    this a PPO iteration takes about an eighth longer (benchmarks/ppo_iteration.py, two cores).  Elsewhere than on Linux
+    with glibc it does nothing; what the user has set with glibc's own variables stays.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the largest value that there may be
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: likewise
+        if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+            mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the largest value that there may be
+        if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: likewise
 
 
 def run_script(main: Callable[[], None]) -> None:
