@@ -3,6 +3,7 @@
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,12 +94,18 @@ def test_optimizer_state_is_what_the_trainers_optimizer_has(name):
     assert plan.optimizer_bytes([p.shape for p in model.parameters()], name) == counted
 
 
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_8bit"])
+def test_8_bit_optimizers_keep_two_bytes_a_weight(name):
+    assert plan.optimizer_bytes([torch.Size([6, 4]), torch.Size([5])], name) == 2 * 29
+
+
 # ---- Passes through the decoder ----
 
 
-def test_activations_are_the_storages_that_autograd_really_keeps(stages):
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16 autocast"])
+def test_activations_are_the_storages_that_autograd_really_keeps(stages, half):
     """Counted in a real model by torch's own hooks, where every stored tensor passes."""
-    passes = plan.dry_run(ppo_model(empty(stages.base), stages), 3, 20, on_cpu(), training=True)
+    passes = plan.dry_run(ppo_model(empty(stages.base), stages), 3, 20, on_cpu(bf16=half), training=True)
 
     model = ppo_model(load_plain(stages.base), stages).train()
     inputs = {"input_ids": torch.ones(3, 20, dtype=torch.long), "attention_mask": torch.ones(3, 20, dtype=torch.long)}
@@ -113,7 +120,8 @@ def test_activations_are_the_storages_that_autograd_really_keeps(stages):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor: an address must not be used again
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = model(**inputs, job=lambda base, hidden: hidden)
     kept.setdefault(hidden.untyped_storage().data_ptr(), (hidden.untyped_storage().nbytes(), hidden))
     counted = sum(size for size, _ in kept.values())
@@ -180,6 +188,9 @@ def test_logits_by_hand(base_path, monkeypatch):
     # 10 tokens fill one tile of 320 columns, 8.25 times; hidden states of width 32 and their gradient
     assert plan.sft_logit_bytes(base, 10, on_cpu(), training=True) == 8.25 * 10 * 320 * 4 + 2 * 10 * 32 * 4
     assert plan.sft_logit_bytes(base, 5000, on_cpu(), training=False) == 4 * 4096 * 320 * 4 + 5000 * 32 * 4
+    for bf16, size in ((False, 4), (True, 2)):  # a GPU's tile has its full width of 32768
+        on_gpu = SimpleNamespace(device=torch.device("cuda"), bf16=bf16, fp16=False)
+        assert plan.sft_logit_bytes(base, 10, on_gpu, training=True) == 10 * 32768 * size + 2 * 10 * 32 * 4
 
 
 # ---- Whole plans ----
@@ -195,11 +206,12 @@ def cheap(monkeypatch):
     monkeypatch.setattr(plan, "dry_run", dry_run)
 
 
-def make_ppo_plan(stages, **arguments):
+def make_ppo_plan(stages, load_in_4bit=False, **arguments):
     small = {"batch_size": 8, "mini_batch_size": 4, "max_length": 48, "output_max_length": 16, **arguments}
     args = PPOArguments(output_dir="unused", use_cpu=True, **small)
     adapters = [read_adapter(path, "--output_dir") for path in (stages.sft, stages.reward)]
-    return plan.ppo_plan(ModelArguments(stages.base), args, *adapters, torch.float32)
+    model_args = ModelArguments(stages.base, load_in_4bit=load_in_4bit)
+    return plan.ppo_plan(model_args, args, *adapters, torch.float32)
 
 
 def test_what_ppo_holds_by_hand(cheap, stages):
@@ -209,6 +221,64 @@ def test_what_ppo_holds_by_hand(cheap, stages):
     assert held["gradients"] == (lora + 33) * 4
     assert held["optimizer"] == (lora + 33) * 8
     assert held["adapters and heads"] == (3 * lora + 33 + 2 * 32) * 4  # PEFT keeps the score head that it wrapped
+
+
+def test_phases_of_ppo_by_hand(cheap, stages):
+    """8 rows of 32 prompt and 16 reply tokens, judged and trained on 4 at a time; 4 heads of 8, 2 with keys."""
+    cache = 2 * 2 * 8 * 2 * 8 * 4  # layers, keys and values, rows, heads, width, bytes: of one token
+    phases = {
+        "reading prompts": {"KV cache": cache * 32, "activations": 1500 * 8 * 32},
+        "sampling": {"KV cache": cache * 48, "activations": 2 * 8 * 48 * 4 * 8 * 4, "logits": 6 * 8 * 320 * 4},
+        "judging, decoder": {"activations": 1500 * 4 * 48},
+        "judging, log-probs": {"activations": 4 * 16 * 32 * 4, "logits": 5 * 64 * 320 * 4},
+        "update, forward": {"activations": 1500 * 4 * 48},
+        "update, log-probs": {"activations": 1000 * 4 * 48, "logits": 3.25 * 64 * 320 * 4 + 2 * 64 * 32 * 4},
+        "update, backward": {"activations": 2000 * 4 * 48},
+    }
+    assert make_ppo_plan(stages).phases == phases
+    for name in ("update, forward", "update, log-probs", "update, backward"):  # beside the critic's own pass
+        phases[name]["activations"] += 1000 * 4 * 48
+    assert make_ppo_plan(stages, critic="adapter").phases == phases
+
+
+def test_passes_are_no_larger_than_the_rollouts_own(cheap, stages, monkeypatch):
+    monkeypatch.setattr(plan, "pass_limits", lambda base, device: (1.0, 2 * 48 + 1))
+    assert make_ppo_plan(stages).phases["update, backward"] == {"activations": 2000 * 2 * 48}
+
+
+def test_each_phase_of_a_4_bit_base_holds_a_layer_in_full_precision(cheap, stages):
+    made = make_ppo_plan(stages, load_in_4bit=True)
+    assert {parts["a layer in full precision"] for parts in made.phases.values()} == {64 * 32 * 4}
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_phases_of_sft_by_hand(cheap, stages, evaluates):
+    """4 rows of 48 tokens, of which 47 have a loss; evaluated 2 at a time, without gradients."""
+    args = sft_training.SFTArguments(
+        output_dir="unused", use_cpu=True, max_length=48, per_device_train_batch_size=4, per_device_eval_batch_size=2
+    )
+    made = plan.sft_plan(ModelArguments(stages.base), LoraArguments(), args, torch.float32, evaluates)
+    trained, evaluated = 4 * 47, 2 * 47
+    phases = {
+        "training, forward": {"activations": 1500 * 4 * 48},
+        "training, loss": {"activations": 1000 * 4 * 48, "logits": 8.25 * trained * 320 * 4 + 2 * trained * 32 * 4},
+        "training, backward": {"activations": 2000 * 4 * 48},
+    }
+    if evaluates:
+        phases["evaluation, forward"] = {"activations": 1500 * 2 * 48}
+        phases["evaluation, loss"] = {"activations": 0, "logits": 4 * evaluated * 320 * 4 + evaluated * 32 * 4}
+    assert made.phases == phases
+
+
+def test_the_table_has_each_phase_once():
+    made = plan.Plan({"base": 5 << 20}, {"a": {"x": 1 << 20}, "b": {"y": 3 << 30, "z": 4 << 20}})
+    assert plan.plan_table(made).splitlines() == [
+        "base                            5.0 MiB",
+        "y (b)                           3.0 GiB",
+        "z (b)                           4.0 MiB",
+        "peak                            3.0 GiB",
+        "  for comparison, all of: a     1.0 MiB",
+    ]
 
 
 def test_the_peak_is_what_is_held_and_the_fullest_phase(stages):
@@ -234,6 +304,7 @@ def test_members_of_an_ensemble_add_up(cheap, stages):
     def backward(members):
         args = reward_modeling.RewardArguments(output_dir="unused", use_cpu=True, ensemble_size=members)
         made = plan.reward_plan(ModelArguments(stages.base), 32, LoraArguments(), args, torch.float32)
+        assert made.phases["evaluation"]["activations"] == 1500 * 2 * args.per_device_eval_batch_size * 32
         return made.phases["training, forward"]["activations"], made.held["adapters and heads"]
 
     (one, held), (three, held_by_three) = backward(1), backward(3)

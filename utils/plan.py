@@ -77,7 +77,7 @@ class Passes(NamedTuple):
 
     kept: int  # after the forward pass, for the backward pass; without gradients: nothing but the result
     forward: int  # the most during the forward pass
-    backward: int  # the most during the backward pass; 0 without gradients
+    backward: int  # the most by the end of the backward pass; 0 without gradients
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +211,6 @@ def dry_run(model: PeftModel, rows: int, length: int, args: TrainingArguments, t
                 with torch.autocast(device.type, half, enabled=bool(args.bf16 or args.fp16)):
                     hidden = model(**inputs, job=lambda base, hidden: hidden)
                 kept, forward = live.now, live.most
-                live.most = live.now
                 if training:
                     hidden.backward(torch.empty_like(hidden))
                 return Passes(kept, forward, live.most if training else 0)
