@@ -10,7 +10,8 @@ import pytest
 
 from tests.helpers import own_lines
 from tests.pages import Page
-from utils.arguments import InputError
+from utils import report
+from utils.arguments import InputError, run_script
 from utils.html_report import best_count, chosen_samples, group_metrics, read_run, report_page, short_names, title_of
 from utils.page import POLICY, WEB, embed_json
 from utils.report import CURVES
@@ -195,6 +196,17 @@ def test_reward_card_of_the_model_that_ppo_used(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("part", ["threshold", "probes", "probe_counts", "probes_above_sft"])
+def test_a_reward_card_from_elsewhere_cannot_write_html(tmp_path: Path, part: str) -> None:
+    """Texts in the place of numbers went into the page as they were, and its policy lets a script run."""
+    reward = write_run(tmp_path / "reward", "reward")
+    trap = '"><script>alert(1)</script>'
+    card = {"probes": {"empty": 1.0}, "threshold": 0.95, part: "" if part == "threshold" else {"empty": trap}}
+    Path(reward, "reward_card.json").write_text(json.dumps(card), encoding="utf-8")
+    with pytest.raises(InputError, match=f"reward_card.json is no reward card: {part}.* is no number"):
+        page_of(write_run(tmp_path / "ppo", arguments={"reward_model_lora_path": reward}))
+
+
 def test_records_side_by_side(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "a", seed=1, guard={"same": 2}), write_run(tmp_path / "b", seed=2))
     table = Page(page).tables[-1]
@@ -242,27 +254,33 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
 def test_as_a_command(tmp_path: Path) -> None:
     """Writes the page where it says; a folder that is no run is one line, exit code 2, and nothing written."""
     folder = write_run(tmp_path / "ppo")
-
-    def call(*words: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "utils.report", *words]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-
-    done = call(folder)
+    command = [sys.executable, "-m", "utils.report", folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, own_lines(done.stderr)) == (0, f"report: {folder}/report.html\n")
     assert Page(Path(folder, "report.html").read_text(encoding="utf-8")).tables
-    output = tmp_path / "none.html"
-    done = call(folder, str(tmp_path), "--output", str(output))
-    assert done.returncode == 2
-    assert (
-        own_lines(done.stderr)
-        == f"error: there is no metrics.jsonl in {tmp_path}; give the output folder of a training script\n"
-    )
-    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "output", "message"),
+    [
+        ("ppo/..", "page.html", "there is no metrics.jsonl in {0}/ppo/..; give the output folder of a training script"),
+        ("ppo", "no/page.html", "cannot write {0}/no/page.html: No such file or directory; give another --output"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, monkeypatch, capsys, folder: str, output: str, message: str) -> None:
+    write_run(tmp_path / "ppo")
+    monkeypatch.setattr(sys, "argv", ["utils.report", f"{tmp_path}/{folder}", "--output", f"{tmp_path}/{output}"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(report.main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {message.format(tmp_path)}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["ppo"]
 
 
 @pytest.mark.parametrize("file", ["run.json", "metrics.jsonl", "samples.jsonl"])
 def test_a_broken_file_is_named(tmp_path: Path, file: str) -> None:
     folder = write_run(tmp_path / "ppo")
-    Path(folder, file).write_text('{"a": \n', encoding="utf-8")
-    with pytest.raises(InputError, match=file):
-        page_of(folder)
+    for content in ('{"a": \n', "[1]\n"):
+        Path(folder, file).write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=file):
+            page_of(folder)

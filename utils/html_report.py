@@ -177,10 +177,10 @@ def read_run(folder: str, name: str) -> Run:
         raise InputError(f"there is no metrics.jsonl in {folder}; give the output folder of a training script")
     record = _read_json(folder, "run.json") or {}
     card_folder = folder
-    card = _read_json(folder, "reward_card.json")
+    card = _read_card(folder)
     used = record.get("arguments", {}).get("reward_model_lora_path")
     if card is None and used:  # stage 3: the card of the model that gave the scores
-        card_folder, card = used, _read_json(used, "reward_card.json")
+        card_folder, card = used, _read_card(used)
     metrics, samples = (_read_rows(folder, file) for file in ("metrics.jsonl", "samples.jsonl"))
     return Run(name, folder, record, metrics, samples, card, card_folder)
 
@@ -191,9 +191,23 @@ def _read_json(folder: str, file: str) -> dict[str, Any] | None:
         return None
     with open(path, encoding="utf-8") as stream:
         try:
-            return json.load(stream)
+            content = json.load(stream)
         except ValueError as error:
             raise InputError(f"{path} is not valid JSON: {error}; is the file complete?") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not an object; correct or remove the file")
+    return content
+
+
+def _read_card(folder: str) -> dict[str, Any] | None:
+    """The reward card.  Raises InputError where its probes are no numbers: these go into the page without being escaped."""
+    card = _read_json(folder, "reward_card.json")
+    drawn = flatten({name: card[name] for name in ("threshold", *PROBES) if name in card} if card else {})
+    wrong = [name for name, value in drawn.items() if not isinstance(value, (int, float))]
+    if wrong:
+        path = os.path.join(folder, "reward_card.json")
+        raise InputError(f"{path} is no reward card: {wrong[0]} is no number; train the reward model again")
+    return card
 
 
 def _read_rows(folder: str, file: str) -> list[dict[str, Any]]:
@@ -203,9 +217,12 @@ def _read_rows(folder: str, file: str) -> list[dict[str, Any]]:
         return []
     with open(path, encoding="utf-8", errors="replace") as stream:
         try:
-            return [json.loads(line) for line in stream if line.endswith("\n")]
+            rows = [json.loads(line) for line in stream if line.endswith("\n")]
         except ValueError as error:
             raise InputError(f"{path} is not valid JSON: {error}; correct or remove the line") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path} has lines that are no objects; correct or remove them")
+    return rows
 
 
 def short_names(folders: Sequence[str]) -> list[str]:

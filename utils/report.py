@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from utils.adapters import base_fingerprint
-from utils.arguments import ModelArguments, run_script, say
+from utils.arguments import InputError, ModelArguments, run_script, say
 from utils.checkpoints import saving
 from utils.html_report import report_page
 from utils.page import write_page
@@ -243,7 +243,11 @@ def draw_curves(folder: str) -> None:
 
 def write_report(folders: Sequence[str], output: str, max_samples: int = 20000) -> None:
     """Write these runs as one HTML page, with about `max_samples` replies of each.  Raises InputError."""
-    write_page(report_page(folders, CURVES, max_samples), output)
+    page = report_page(folders, CURVES, max_samples)
+    try:
+        write_page(page, output)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror}; give another --output") from error
     say(f"report: {output}")
 
 
