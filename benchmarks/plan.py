@@ -15,7 +15,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,21 +26,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import reward_modeling
 import rl_training
 import sft_training
-from benchmarks.runs import write_rows
+from benchmarks.runs import ALONE, write_rows
 from utils.adapters import load_base, new_lora_config, new_reward_model, read_adapter
-from utils.arguments import (
-    DataArguments,
-    LoraArguments,
-    ModelArguments,
-    PlanArguments,
-    parse_arguments,
-    run_script,
-)
+from utils.arguments import DataArguments, LoraArguments, ModelArguments, PlanArguments, parse_arguments, run_script
 from utils.plan import Plan, gib, ppo_plan, reward_plan, sft_plan
 
 RUN = ["--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no"]
 RUN += ["--prompt_template", "{prompt}"]
-
 
 # VmHWM, not ru_maxrss: the latter starts with what the parent held when it started the child.
 CHILD = """
@@ -64,88 +55,37 @@ class Setting(NamedTuple):
     hidden: int
     layers: int
     vocabulary: int
-    arguments: list[str]
+    arguments: str  # as on a command line
 
 
 SETTINGS = [
     Setting(
         "SFT, 8 x 256 tokens",
-        "sft_training.py",
-        512,
-        8,
-        8000,
-        ["--max_length", "256", "--per_device_train_batch_size", "8", "--max_steps", "2", "--lora_r", "8"],
+        *("sft_training.py", 512, 8, 8000),
+        "--max_length 256 --per_device_train_batch_size 8 --max_steps 2 --lora_r 8",
     ),
     Setting(
         "SFT, 16 x 256 tokens, large vocabulary, activation checkpointing, no LoRA dropout",
-        "sft_training.py",
-        256,
-        12,
-        49152,
-        [
-            "--max_length",
-            "256",
-            "--per_device_train_batch_size",
-            "16",
-            "--max_steps",
-            "2",
-            "--lora_dropout",
-            "0",
-            "--activation_checkpointing",
-            "true",
-            "--lora_target_modules",
-            "q_proj,v_proj",
-        ],
+        *("sft_training.py", 256, 12, 49152),
+        "--max_length 256 --per_device_train_batch_size 16 --max_steps 2 --lora_dropout 0 --activation_checkpointing true "
+        "--lora_target_modules q_proj,v_proj",
     ),
     Setting(
         "reward, 8 pairs x 2 x 192 tokens",
-        "reward_modeling.py",
-        448,
-        8,
-        16000,
-        [
-            "--max_length",
-            "192",
-            "--per_device_train_batch_size",
-            "8",
-            "--max_steps",
-            "2",
-            "--degenerate_ratio",
-            "0",
-            "--probe_prompts",
-            "4",
-            "--eval_strategy",
-            "no",
-        ],
+        *("reward_modeling.py", 448, 8, 16000),
+        "--max_length 192 --per_device_train_batch_size 8 --max_steps 2 --degenerate_ratio 0 --probe_prompts 4 "
+        "--eval_strategy no",
     ),
     Setting(
         "PPO, batch 16, mini-batch 8, 64 + 64 tokens",
-        "rl_training.py",
-        576,
-        12,
-        49152,
-        ["--batch_size", "16", "--mini_batch_size", "8", "--max_length", "128", "--output_max_length", "64"],
+        *("rl_training.py", 576, 12, 49152),
+        "--batch_size 16 --mini_batch_size 8 --max_length 128 --output_max_length 64",
     ),
     Setting(
         "PPO, batch 16, mini-batch 16, 448 + 64 tokens, critic with an adapter, activation checkpointing",
-        "rl_training.py",
-        512,
-        8,
-        32000,
-        [
-            "--batch_size",
-            "16",
-            "--mini_batch_size",
-            "16",
-            "--max_length",
-            "512",
-            "--output_max_length",
-            "64",
-            "--critic",
-            "adapter",
-            "--activation_checkpointing",
-            "true",
-        ],
+        *("rl_training.py", 512, 8, 32000),
+        "--batch_size 16 --mini_batch_size 16 --max_length 512 --output_max_length 64 --critic adapter "
+        "--activation_checkpointing true",
     ),
 ]
 
@@ -215,10 +155,11 @@ def make_data(folder: Path, setting: Setting, prompt: int, reply: int) -> list[s
 
 def command(folder: Path, setting: Setting) -> list[str]:
     """Arguments of the run, after everything that they point at was made."""
-    given = dict(zip(setting.arguments[::2], setting.arguments[1::2], strict=True))
+    arguments = setting.arguments.split()
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
     longest = int(given["--max_length"])
     base = make_base(folder / "base", setting)
-    words = ["--model_name_or_path", base, "--output_dir", f"{folder}/out", *setting.arguments, *RUN]
+    words = ["--model_name_or_path", base, "--output_dir", f"{folder}/out", *arguments, *RUN]
     if setting.script == "rl_training.py":
         for name, path in make_adapters(base, folder).items():
             words += [name, path]
@@ -267,25 +208,20 @@ def peak_of(script: str | None, module: str, words: list[str], log: Path, malloc
 
     Raises RuntimeError when it fails.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | ALONE
     if not malloc_defaults:
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
     result = log.with_suffix(".peak")
     with open(log, "w", encoding="utf-8") as file:
-        code = subprocess.run(
-            [sys.executable, "-c", CHILD, str(result), module, script or "", *words],
-            check=False,
-            stdout=file,
-            stderr=file,
-            env=environment,
-        ).returncode
-    if code:
+        command = [sys.executable, "-c", CHILD, str(result), module, script or "", *words]
+        done = subprocess.run(command, check=False, stdout=file, stderr=file, env=environment)
+    if done.returncode:
         raise RuntimeError(f"{script} failed, see {log}")
     return int(result.read_text())
 
 
-def row(folder: Path, setting: Setting, malloc_defaults: bool, say: Callable[[str], None]) -> str:
-    """One row of the table."""
+def row(folder: Path, setting: Setting, malloc_defaults: bool) -> str:
+    """One row of the table, after what it is made of has been printed."""
     folder.mkdir(parents=True)
     words = command(folder, setting)
     plan = predict(setting, words)
@@ -295,10 +231,10 @@ def row(folder: Path, setting: Setting, malloc_defaults: bool, say: Callable[[st
     measured = peak_of(setting.script, module, words, folder / "run.log", malloc_defaults) - before
     text = f"| {setting.name} | {setting.hidden} x {setting.layers}, {setting.vocabulary} | {plan.fullest} | "
     text += f"{gib(before)} | {gib(predicted)} | {gib(measured)} | {predicted / measured:.2f} |"
-    say(text)
+    print(text)
     for name, size in {**plan.held, **plan.phases[plan.fullest]}.items():
-        say(f"    {name}: {gib(size)}")
-    say("    " + ", ".join(f"{name}: {gib(sum(parts.values()))}" for name, parts in plan.phases.items()))
+        print(f"    {name}: {gib(size)}")
+    print("    " + ", ".join(f"{name}: {gib(sum(parts.values()))}" for name, parts in plan.phases.items()))
     return text
 
 
@@ -309,7 +245,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the settings, from 0; all by default")
     args = parser.parse_args()
     numbers = range(len(SETTINGS)) if args.only is None else args.only
-    rows = [row(args.output_dir / f"setting{n}", SETTINGS[n], args.malloc_defaults, print) for n in numbers]
+    rows = [row(args.output_dir / f"setting{n}", SETTINGS[n], args.malloc_defaults) for n in numbers]
     lines = ["| setting | hidden x layers, vocabulary | fullest phase | Python | predicted | measured | ratio |"]
     text = "\n".join([*lines, "|" + "---|" * 7, *rows]) + "\n"
     (args.output_dir / "plan.md").write_text(text, encoding="utf-8")

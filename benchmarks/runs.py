@@ -19,12 +19,15 @@ from utils.answers import load_side_by_side
 from utils.arguments import ModelArguments
 from utils.report import read_jsonl
 
+# A process of its own on a core of its own, which asks nobody anything.
+ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
 
 def run_module(folder: Path, log: str, *words: str) -> None:
     """Run a script of the toolkit in a process of its own with one thread, its output in folder/log."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(folder / log, "w", encoding="utf-8") as file:
-        result = subprocess.run([sys.executable, *words], check=False, stdout=file, stderr=file, env=environment)
+        command = [sys.executable, *words]
+        result = subprocess.run(command, check=False, stdout=file, stderr=file, env=os.environ | ALONE)
     if result.returncode:
         tail = (folder / log).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
         raise RuntimeError(f"{' '.join(words[:2])} failed, see {folder / log}: {tail}")

@@ -35,19 +35,15 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 import reward_modeling
+from benchmarks.runs import ALONE
 from sft_training import SFTArguments, SortedSFTTrainer
 from utils.adapters import new_reward_model
 from utils.arguments import LoraArguments, run_script
 
 WARMUP = 1  # optimizer steps before the clock starts
 SHAPE = {"vocab_size": 16000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}
-SHAPE |= {
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
+SHAPE |= {"num_attention_heads": 6, "num_key_value_heads": 2}
+SHAPE |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 SETTINGS = {  # stage, rows or pairs in a batch, batches an optimizer step
     "SFT, 8 rows": ("sft", 8, 1),
     "SFT, 4 rows x 8 batches a step": ("sft", 4, 8),
@@ -146,15 +142,9 @@ def work(side: str, name: str, steps: int, folder: str) -> None:
 
 def measure(side: str, name: str, steps: int, folder: Path) -> dict[str, float]:
     """`work` in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    words = ["--output_dir", f"{folder}", "--side", side, "--setting", name, "--steps", f"{steps}"]
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.stages", *words],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
+    command = [sys.executable, "-m", "benchmarks.stages", "--output_dir", f"{folder}"]
+    command += ["--side", side, "--setting", name, "--steps", f"{steps}"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | ALONE)
     if result.returncode:
         raise RuntimeError(f"{name} ({side}) failed: {result.stderr[-2000:]}")
     return json.loads(result.stdout.strip().splitlines()[-1])
