@@ -1,11 +1,14 @@
-"""Runs of the scripts in processes of their own, to be killed, stopped and starved.
+"""Runs of the scripts in processes of their own, to be killed, stopped and starved; or in two that belong together.
 
 They start in a moment: each is forked from one server process that has imported everything and computed nothing.
 """
 
+import json
 import multiprocessing
 import os
 import resource
+import runpy
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -45,14 +48,75 @@ def start(stage: str, arguments: Sequence[object], folder: Path, file_limit: int
 
 def _run(stage: str, arguments: list[str], folder: str, file_limit: int | None) -> None:
     os.chdir(folder)
-    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(log, stream)
+    _write_to("log.txt")
     torch.set_num_threads(1)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = [f"{SCRIPTS[stage].__name__}.py", *arguments, "--use_cpu", "true", "--disable_tqdm", "true"]
     run_script(SCRIPTS[stage].main)
+
+
+def _write_to(path: str) -> None:
+    """Send what this process says to a file."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_two(jobs: Path, work: Callable[[], None], **environment: str) -> None:
+    """Do `work` in two processes, each with the environment that torchrun gives it and `jobs` as its one argument.
+
+    On the CPU as far as accelerate knows.  Raises AssertionError with the end of their output when one of them fails.
+    """
+    logs = [jobs.with_suffix(f".{rank}.log") for rank in (0, 1)]
+    shared = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port()), **environment}
+    both = []
+    for rank, log in enumerate(logs):
+        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        both.append(from_server().Process(target=_run_rank, args=(own, str(jobs), work, str(log))))
+    end = time.monotonic() + 300
+    for process in both:
+        process.start()
+    # one that has failed leaves the other waiting for it
+    while any(process.is_alive() for process in both) and not any(process.exitcode for process in both):
+        if time.monotonic() > end:
+            break
+        time.sleep(0.01)
+    for process in both:
+        process.kill()
+        process.join()
+    shown = "\n".join(log.read_text(encoding="utf-8", errors="replace")[-6000:] for log in logs)
+    assert [process.exitcode for process in both] == [0, 0], shown
+
+
+def _run_rank(environment: dict[str, str], jobs: str, work: Callable[[], None], log: str) -> None:
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    _write_to(log)
+    torch.set_num_threads(1)
+    sys.argv = ["two", jobs]
+    work()
+
+
+def run_jobs() -> None:
+    """Run several scripts one after the other, as their command lines would; sys.argv[1] is a JSON file of those.
+
+    Leaves a file that says how many processes there were: `accelerate launch --cpu` once silently ran a single one.
+    """
+    for script, *arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")
+        folder = Path(arguments[arguments.index("--output_dir") + 1])
+        rank = torch.distributed.get_rank()
+        (folder / f"world_{rank}.txt").write_text(f"{torch.distributed.get_world_size()}", encoding="utf-8")
+    torch.distributed.destroy_process_group()
 
 
 def wait_until(happened: Callable[[], object], process: BaseProcess, seconds: float = 120) -> bool:

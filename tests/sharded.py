@@ -4,7 +4,7 @@ accelerate ignores FSDP and DeepSpeed on the CPU without a word, and the run pas
 the two lines under `pretend_gpus` tell it that the CPU is a GPU, and each process writes down what really ran.  That shows
 that the trainers' own logic is right; it says nothing about GPUs.
 
-    torchrun --nproc_per_node 2 tests/sharded.py JOBS.json      [["sft_training.py", "--output_dir", ...], ...]
+`run_two(JOBS, sharded.main)` of tests/forks.py; JOBS is a JSON file: [["sft_training.py", "--output_dir", ...], ...].
 """
 
 import json
@@ -60,7 +60,3 @@ def main() -> None:
         ran = f"{AcceleratorState().distributed_type.value} {torch.distributed.get_world_size()}"
         (folder / f"ran_{os.environ['RANK']}.txt").write_text(ran, encoding="utf-8")
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -683,7 +683,7 @@ def test_an_output_folder_in_use_is_left_alone(paths, tmp_path, monkeypatch, cap
         (
             "reward",
             {"report_to": "wandb"},
-            {"WANDB_MODE": "online", "WANDB_API_KEY": "a" * 40},
+            {"WANDB_MODE": "online", "WANDB_API_KEY": "a" * 40, "WANDB_HTTP_TIMEOUT": "1"},  # seconds; 10 by default
             "wandb cannot be used: Failed to authenticate with http://127.0.0.1:9.*, or set WANDB_MODE=offline",
         ),
     ],

@@ -19,6 +19,7 @@ import rl_training
 import sft_training
 from rl_training import PPOTrainer
 from tests.conftest import make_tokenizer, write_rows
+from tests.forks import run_jobs, run_two
 from tests.helpers import (
     PROMPTS,
     Stages,
@@ -30,7 +31,6 @@ from tests.helpers import (
     run_main,
     save_lively_base,
 )
-from tests.test_two_processes import RUNNER, torchrun
 from utils.arguments import RunError
 from utils.report import read_jsonl
 from utils.rollout import draw_replies, sample_replies
@@ -302,11 +302,10 @@ def test_all_processes_leave_a_step_out_when_one_of_them_has_to(stages: Stages, 
         folder.mkdir()
     _, sft = tune("sft", poisoned, folders["sft"], ["tea", "dogs", "rice", POISON, "soup", "cats"], max_steps=3)
     ppo = ppo_arguments(stages, poisoned, folders["ppo"], batch_size=2, mini_batch_size=1, steps=3)
-    jobs, runner = tmp_path / "jobs.json", tmp_path / "runner.py"
+    jobs = tmp_path / "jobs.json"
     quiet = ["--disable_tqdm", "true"]
     jobs.write_text(json.dumps([["sft_training.py", *sft, *quiet], ["rl_training.py", *ppo, *quiet]]), encoding="utf-8")
-    runner.write_text(RUNNER, encoding="utf-8")
-    torchrun(str(runner), str(jobs))
+    run_two(jobs, run_jobs)
     run = folders["sft"] / "run"
     assert (run / "world_1.txt").read_text() == "2"
     assert [changed(run, step) for step in (2, 3)] == [(False, False), (True, True)]

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,11 +21,11 @@ import rl_training
 import sft_training
 from tests.conftest import write_rows
 from tests.helpers import PROMPTS, Stages, make_stages, run_main, save_lively_base
+from tests.stress import kill_and_resume
 from utils.arguments import InputError
 from utils.checkpoints import resume_path, seal
 from utils.report import read_jsonl
 
-ROOT = Path(__file__).parent.parent
 CLOCK = re.compile("seconds|per_second|runtime")
 
 
@@ -286,13 +285,16 @@ def test_a_resumed_stage_1_or_2_run_is_the_run(
     assert final_weights(broken) != final_weights(run)
 
 
-def test_killed_for_real(tmp_path: Path) -> None:
+def test_killed_for_real(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """SIGKILL while best/ is written, at any moment, and behind the last step; the long version is run by hand.
 
     The command is the one of docs/reliability.md.
     """
-    command = [sys.executable, "-m", "tests.stress.kill_and_resume", "--stage", "ppo", "--kills", "3", "--steps", "8"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    assert "ppo: 3 kills" in result.stdout
-    assert "files, byte for byte" in result.stdout
+    words = ["--stage", "ppo", "--kills", "3", "--steps", "8"]
+    monkeypatch.setattr(sys, "argv", ["kill_and_resume", *words])
+    with pytest.raises(SystemExit) as end:
+        kill_and_resume.main()
+    shown = capsys.readouterr().out
+    assert not end.value.code, end.value.code if isinstance(end.value.code, str) else shown
+    assert "ppo: 3 kills" in shown
+    assert "files, byte for byte" in shown

@@ -1,12 +1,12 @@
 """Rule 8 of DESIGN.md: one process with gradient accumulation and two processes without give the same numbers.
 
-The processes are real: torchrun starts two of the script, which talk through gloo on the CPU.  With FSDP2 each of them holds
-a part of the parameters only (tests/sharded.py); tests/stress/sharded.py does the same with DeepSpeed.
+The processes are real, and talk through gloo on the CPU: `accelerate launch` starts some, tests/forks.py the others, and
+torchrun those of test_preemption.py.  With FSDP2 each of them holds a part of the parameters only (tests/sharded.py);
+tests/stress/sharded.py does the same with DeepSpeed.
 """
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,26 +17,14 @@ from safetensors.torch import load_file
 import reward_modeling
 import rl_training
 import sft_training
+from tests import sharded
 from tests.conftest import write_rows
+from tests.forks import free_port, run_jobs, run_two
 from tests.helpers import PROMPTS, Stages, make_stages, run_main, save_lively_base
 from tests.sharded import launcher_environment
 from utils.report import read_jsonl
 
 ROOT = Path(__file__).parent.parent
-
-# One start of two processes (seconds of imports) runs several scripts one after the other, as their command lines would.
-# Each process leaves a file that says how many there were: `accelerate launch --cpu` once silently ran a single one.
-RUNNER = """
-import json, runpy, sys, torch
-from pathlib import Path
-for script, *arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
-    folder = Path(arguments[arguments.index("--output_dir") + 1])
-    rank = torch.distributed.get_rank()
-    (folder / f"world_{rank}.txt").write_text(f"{torch.distributed.get_world_size()}", encoding="utf-8")
-torch.distributed.destroy_process_group()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -45,26 +33,11 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     return make_stages(save_lively_base(folder / "base"), folder)
 
 
-def torchrun(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    """Two processes, started at the root of the repository; on the CPU as far as accelerate knows."""
-    environment = {"ACCELERATE_USE_CPU": "true", **environment}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words]
-    result = subprocess.run(
-        command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
-    return result
-
-
 def two_machines(*words: str) -> None:
     """The command on two machines as configs/accelerate/multi_node.yaml says: two launchers with one process each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/multi_node.yaml"]
-    launch += ["--num_processes", "2", "--main_process_port", str(port)]
+    launch += ["--num_processes", "2", "--main_process_port", str(free_port())]
     machines = [
         subprocess.Popen(
             [*launch, "--machine_rank", rank, *words],
@@ -163,7 +136,7 @@ def run_sharded(config: str, commands: dict[str, list[str]], root: Path) -> None
     jobs = root / f"{config}.json"
     words = [command_of_two(name, command, root / f"{name} {config}") for name, command in commands.items()]
     jobs.write_text(json.dumps(words), encoding="utf-8")
-    torchrun("tests/sharded.py", str(jobs), **launcher_environment(config), ACCELERATE_USE_CPU="false")
+    run_two(jobs, sharded.main, **launcher_environment(config), ACCELERATE_USE_CPU="false")
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +147,12 @@ def outputs(stages: Stages, data: dict[str, str], tmp_path_factory: pytest.TempP
     for name in ALONE:
         run_alone(name, commands[name], root / f"{name} alone")
     two_machines(*command_of_two("accumulation", commands["accumulation"], root / "accumulation two"))
-    jobs, runner = root / "jobs.json", root / "runner.py"
+    jobs = root / "jobs.json"
     together = [
         command_of_two(name, commands[name], root / f"{name} two") for name in SCRIPTS if name != "accumulation"
     ]
     jobs.write_text(json.dumps(together), encoding="utf-8")
-    runner.write_text(RUNNER, encoding="utf-8")
-    torchrun(str(runner), str(jobs))
+    run_two(jobs, run_jobs)
     run_sharded("fsdp2", {name: commands[name] for name in SHARDED}, root)
     return root
 

@@ -11,7 +11,6 @@ the checkpoints; only what a clock says is left aside.  Exit code 1 where anythi
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
@@ -176,7 +175,6 @@ def main() -> None:
     args = parser.parse_args()
     chance = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as root:
-        os.environ["HF_DATASETS_CACHE"] = os.path.join(root, "cache")
         folders = [Path(root, "reference"), Path(root, "killed")]
         for folder in folders:
             folder.mkdir()
