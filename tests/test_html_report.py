@@ -1,5 +1,6 @@
 """report.html, as far as it can be judged without a browser; scripts/test_browser.sh opens it in one."""
 
+import html
 import json
 import re
 import subprocess
@@ -13,7 +14,7 @@ from tests.pages import Page
 from utils import report
 from utils.arguments import InputError, run_script
 from utils.html_report import best_count, chosen_samples, group_metrics, read_run, report_page, short_names, title_of
-from utils.page import POLICY, WEB, embed_json
+from utils.page import POLICY, WEB, embed_json, write_page
 from utils.report import CURVES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +87,12 @@ def test_embedded_json_cannot_end_its_element() -> None:
     assert json.loads(text) == {"a": NASTY, "b": [None, None, 1.5], "3": ["x"]}
 
 
+def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path: Path) -> None:
+    """JSON can hold one, UTF-8 cannot."""
+    write_page("a\ud83db", str(tmp_path / "page.html"))
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "a?b"
+
+
 def test_nothing_is_fetched(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "ppo"))
     addresses = re.findall(r"https?://[^\s\"']+", page)
@@ -116,6 +123,7 @@ def test_every_number_has_its_place(tmp_path: Path) -> None:
         "guard/steep": [[1, 2], [None, 0.5]],
     }
     assert run["best"] == 2
+    assert f"ppo: Stage 3: PPO, 2 iterations, base {html.escape(NASTY)}" in page
     shown = {group["title"]: [chart["metric"] for chart in group["charts"]] for group in section["groups"]}
     assert shown == {"Score and distance": ["score_mean", "kl"], "Guard": ["guard/limit", "guard/steep"]}
     assert section["groups"][0]["charts"][0]["title"] == CURVES["score_mean"]
@@ -160,6 +168,8 @@ def test_unknown_metrics_come_last_and_none_is_lost() -> None:
 def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
     """The last line has no end yet: it is left out, and so is anything that no run wrote so far."""
     folder = write_run(tmp_path / "a", "sft", metrics='{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n{"step": 3, "lo')
+    with open(f"{folder}/metrics.jsonl", "ab") as file:
+        file.write("好".encode()[:1])  # a character has no end yet either
     (section,) = data_of(page_of(folder))["sections"]
     assert section["runs"][0]["series"] == {"loss": [[1, 2], [2.0, 1.0]]}
     assert section["runs"][0]["best"] is None

@@ -176,11 +176,9 @@ def read_run(folder: str, name: str) -> Run:
     if not os.path.isfile(os.path.join(folder, "metrics.jsonl")):
         raise InputError(f"there is no metrics.jsonl in {folder}; give the output folder of a training script")
     record = _read_json(folder, "run.json") or {}
-    card_folder = folder
-    card = _read_card(folder)
-    used = record.get("arguments", {}).get("reward_model_lora_path")
-    if card is None and used:  # stage 3: the card of the model that gave the scores
-        card_folder, card = used, _read_card(used)
+    # stage 3 shows the card of the model that gave the scores
+    card_folder = record.get("arguments", {}).get("reward_model_lora_path") or folder
+    card = _read_card(card_folder)
     metrics, samples = (_read_rows(folder, file) for file in ("metrics.jsonl", "samples.jsonl"))
     return Run(name, folder, record, metrics, samples, card, card_folder)
 
