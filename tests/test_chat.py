@@ -25,7 +25,7 @@ from tests.helpers import load_with_jobs
 from tests.lineup import LENGTH, TEMPLATE, Lineup, expected, make_lineup, score_of
 from utils import web_chat
 from utils.answers import Talkers, answer_sampling
-from utils.arguments import run_script
+from utils.arguments import RunError, run_script
 from utils.rollout import sample_replies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,6 +121,8 @@ def test_a_conversation(lineup: Lineup, terminal: Terminal) -> None:
     assert terminal.ask("/adapter none") == "there is no none\nmodels: base, SFT, v1.5 (now)\n"
 
     assert terminal.ask("/new") == ""
+    assert terminal.ask("/score") == "nothing to score yet; ask something first\n"
+    assert terminal.ask("/all") == "ask something first, or write /all TEXT\n"
     third, _, _ = expected(lineup, lineup.ppo, ["dogs"], 3)
     assert terminal.ask("dogs") == chat.printable(third) + "\n"
     os.write(terminal.master, b"/quit\n")
@@ -233,6 +235,7 @@ def test_mistakes_are_one_line(lineup: Lineup, monkeypatch: pytest.MonkeyPatch, 
         (["--adapters", f"SFT={lineup.reward}"], "is a reward adapter"),
         (["--adapters", f"SFT={lineup.sft}", "--reward_model_lora_path", lineup.sft], "holds no score head"),
         (["--adapters", f"SFT={lineup.sft}", "--output_max_length", "256"], "leaves no room for a prompt"),
+        (["--adapters", f"SFT={lineup.sft}", "--port", "0"], "--port is 0; give a number from 1 to 65535"),
     ]
     for words, message in cases:
         monkeypatch.setattr(sys, "argv", ["chat.py", "--base_model_name", lineup.base, *words])
@@ -270,6 +273,64 @@ def test_a_reply_on_the_page_can_be_stopped(lineup: Lineup, monkeypatch: pytest.
     assert 0 < len(drawn) < whole / 2
     assert not lock.locked()
     assert columns["base"].turns == []
+
+
+def test_only_one_model_works_at_a_time(lineup: Lineup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them share one base and its switches; the visitors' questions come from several threads."""
+    talkers, lock, drawn = session(lineup).talkers, threading.Lock(), []
+    monkeypatch.setattr(Talkers, "can_score", True)
+    monkeypatch.setattr(Talkers, "score", lambda self, query, reply: 1.25)
+    put = web_chat.Stream.put
+    monkeypatch.setattr(web_chat.Stream, "put", lambda self, value: (drawn.append(value), put(self, value)))
+    columns = {"base": web_chat.Column()}
+    asking = threading.Thread(target=lambda: list(web_chat.answer_all(talkers, lock, "tea?", ["base"], columns, 1)))
+    with lock:
+        asking.start()
+        time.sleep(0.3)
+        assert drawn == []
+    asking.join(60)
+    ((question, text, note),) = columns["base"].shown
+    assert (question, len(text) > 0) == ("tea?", True)
+    assert re.fullmatch(r"score 1\.250 · \d+ tokens", note)
+
+
+def test_an_error_of_the_sampler_reaches_the_page(lineup: Lineup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised in another thread, while the page waits for the next piece of the reply."""
+
+    def fails(*args: object) -> list[int]:
+        raise RunError("NaN in the logits")
+
+    monkeypatch.setattr(Talkers, "reply", fails)
+    talkers, seen = session(lineup).talkers, []
+
+    def ask() -> None:
+        try:
+            list(web_chat.answer_all(talkers, threading.Lock(), "tea?", ["base"], {"base": web_chat.Column()}, 1))
+        except RunError as error:
+            seen.append(str(error))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(30)
+    assert seen == ["NaN in the logits"]
+
+
+def test_a_column_shows_texts_as_texts() -> None:
+    """tests/browser/check_web.py looks at it in a browser."""
+    column = web_chat.Column(shown=[("<b>a\x1b</b>", "<script>alert(1)</script>", "3 tokens")])
+    assert web_chat.column_html(column) == (
+        '<div class="column"><div><div class="said asked" dir="auto">&lt;b&gt;a&lt;/b&gt;</div>'
+        '<div class="said" dir="auto">&lt;script&gt;alert(1)&lt;/script&gt;</div>'
+        '<div class="note">3 tokens</div></div></div>'
+    )
+
+
+def test_a_stopped_reply_says_so() -> None:
+    columns = {name: web_chat.Column(shown=[("q", name, "note")]) for name in ("whole", "half")}
+    columns["half"].shown.append(("q", "half a rep", web_chat.PENDING))
+    web_chat.Visitor({**columns, "new": web_chat.Column()}).settle()
+    assert columns["whole"].shown == [("q", "whole", "note")]
+    assert columns["half"].shown == [("q", "half", "note"), ("q", "half a rep", "stopped, and forgotten")]
 
 
 def test_the_page_without_gradio_is_one_line(lineup: Lineup, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -209,11 +209,13 @@ def test_markdown_cells_hold_any_text() -> None:
     )
 
 
-def test_html_shows_every_text_as_it_is(outcome: tuple[Path, list[dict]]) -> None:
+def test_html_shows_every_text_as_it_is(lineup: Lineup, outcome: tuple[Path, list[dict]]) -> None:
     folder, rows = outcome
     text = (folder / "compare.html").read_text(encoding="utf-8")
     page = Page(text)
     assert "script" not in page.tags
+    assert f"5 prompts; base {lineup.base}; temperature 1.0, at most 12 tokens a reply, seed 0" in text
+    assert f"scores from {lineup.reward}</p>" in text
     assert re.search("https?://", text) is None
     summary, *tables = page.tables
     assert [row[0] for row in summary] == ["model", "base", "SFT", "v1.5 (16)"]
@@ -290,6 +292,6 @@ def test_template_of_adapters_trained_elsewhere(lineup: Lineup, tmp_path: Path) 
 
 def test_prompts_that_do_not_fit_are_dropped(lineup: Lineup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny base has 256 positions; 240 of them are the reply's."""
-    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "x" * 300}, {"prompt": "tea"}])
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "x" * 100}, {"prompt": "tea"}])
     rows = run_compare(monkeypatch, lineup, tmp_path / "out", "--prompts", prompts, "--output_max_length", "240")
     assert {row["prompt"] for row in rows} == {"tea"}

@@ -128,7 +128,15 @@ def test_each_failure_of_the_disk_is_named_with_what_to_do(tmp_path: Path) -> No
             with pytest.raises(RunError, match=f"^cannot write .*: .*{reason}.*, then go on"):
                 with saving(missing):
                     write()
-    for number, advice in ((errno.ENOSPC, "make room"), (errno.EROFS, "make the folder writable")):
+    for number, advice in (
+        (errno.ENOSPC, "make room"),
+        (errno.EDQUOT, "make room"),
+        (errno.EFBIG, "raise the limit on the size of a file"),
+        (errno.EROFS, "make the folder writable"),
+        (errno.EACCES, "make the folder writable"),
+        (errno.ENOTDIR, "bring the output folder back"),
+        (errno.EIO, "see to the disk and the folder"),
+    ):
         with pytest.raises(RunError, match=f": {os.strerror(number)}; {advice}, then go on with --resume"):
             with saving(tmp_path):
                 raise OSError(number, os.strerror(number))
@@ -136,6 +144,8 @@ def test_each_failure_of_the_disk_is_named_with_what_to_do(tmp_path: Path) -> No
         raise SafetensorError(
             'Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No space" }'
         )
+    with pytest.raises(RunError, match=r"cannot write .*: in words; see to the disk"), saving(tmp_path):
+        raise OSError("in words")
     shutil.rmtree(missing, ignore_errors=True)
 
 

@@ -22,8 +22,9 @@ import sft_training
 from tests.conftest import write_rows
 from tests.helpers import PROMPTS, Stages, make_stages, run_main, save_lively_base
 from tests.stress import kill_and_resume
+from utils import checkpoints
 from utils.arguments import InputError
-from utils.checkpoints import resume_path, seal
+from utils.checkpoints import find_fault, resume_path, seal
 from utils.report import read_jsonl
 
 CLOCK = re.compile("seconds|per_second|runtime")
@@ -227,6 +228,25 @@ def test_a_checkpoint_that_is_not_whole_is_recognised(
     (copy / "run.json").write_text("[1]")
     with pytest.raises(InputError, match="is not empty"):  # no run: hands off
         of_ppo(wanted("true"))
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_highest_number(tmp_path: Path) -> None:
+    for number in (9, 10):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        seal(tmp_path / f"checkpoint-{number}")
+    args = TrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="true", use_cpu=True)
+    assert resume_path(args, "ppo") == str(tmp_path / "checkpoint-10")
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that loses its power forgets what was written and not flushed; each file and each folder's names count."""
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "adapter").write_text("weights")
+    flushed = []
+    monkeypatch.setattr(checkpoints, "flush", lambda path: flushed.append((path, find_fault(tmp_path))))
+    seal(tmp_path)
+    files = [tmp_path / "best", tmp_path / "best" / "adapter", tmp_path / "complete.json", tmp_path]
+    assert flushed == [(path, None) for path in files]  # whole already
 
 
 def test_every_checkpoint_of_ppo_can_be_used_as_it_is(whole_run: tuple[list[str], Path]) -> None:
