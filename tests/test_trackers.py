@@ -6,6 +6,7 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from wandb.proto import wandb_internal_pb2
 
 import reward_modeling
@@ -20,7 +23,7 @@ import rl_training
 from tests.helpers import make_stages, run_main, save_lively_base
 from utils.arguments import InputError
 from utils.report import read_jsonl
-from utils.trackers import SAMPLES, tracker_name
+from utils.trackers import SAMPLES, Grouped, TensorBoardTracker, show_card, tracker_name, use_grouped_names
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH, TEMPLATE = 3, 4, "Q: {prompt}\nA:"
@@ -198,7 +201,8 @@ def test_the_reward_card_is_shown(runs: Path, name: str) -> None:
     card = json.loads((runs / "reward/reward_card.json").read_text(encoding="utf-8"))
     series = read_wandb(runs / "trackers" / name).series
     (files,) = (runs / "trackers" / name / "wandb").glob("offline-run-*/files")
-    (table,), (picture,) = series["card/probes"].values(), series["card/picture"].values()
+    (step, table), (picture,) = *series["card/probes"].items(), series["card/picture"].values()
+    assert step == (2 if name == "reward" else 0)  # behind the last step, and in front of the first
     shown = json.loads((files / table["path"]).read_text(encoding="utf-8"))["data"]
     assert shown == [[kind, share, card["probe_counts"][kind]] for kind, share in card["probes"].items()]
     assert (files / picture["path"]).read_bytes() == (runs / "reward/reward_card.png").read_bytes()
@@ -213,6 +217,59 @@ def test_the_other_stages_keep_the_names_of_the_trainer(runs: Path) -> None:
     names = set(read_tensorboard(runs / "trackers/reward").series)
     wanted = {name for name in names_of("Stages 1 and 2") if name.startswith("eval/")} | {"train/loss"}
     assert wanted <= names
+
+
+class Recorder(Grouped, TrainerCallback):
+    """A tracker that keeps what it is sent."""
+
+    def __init__(self, samples: list[dict[str, Any]]) -> None:
+        super().__init__(samples)
+        self.sent: list[tuple] = []
+
+    def send(self, *log: Any) -> None:
+        self.sent.append(log)
+
+
+def test_what_a_tracker_is_sent() -> None:
+    """Replies once an iteration and not again with its evaluation; nothing from any process but the first."""
+    samples = [{"score": float(number)} for number in range(SAMPLES + 1)]
+    recorder, args = Recorder(samples), SimpleNamespace(save_steps=2)
+    for step, logs in ((1, "score_mean"), (1, "eval_score_mean"), (2, "score_mean"), (3, "score_mean"), (5, "kl")):
+        for first in (True, False):
+            state = SimpleNamespace(global_step=step, max_steps=5, is_world_process_zero=first)
+            recorder.on_log(args, state, None, {logs: 0.5})
+    name, few = "objective/score_mean", samples[:SAMPLES]
+    assert recorder.sent == [
+        (1, {name: 0.5}, samples, few),
+        (1, {"eval/score_mean": 0.5}, [], []),
+        (2, {name: 0.5}, samples, few),
+        (3, {name: 0.5}, samples, []),
+        (5, {"objective/kl": 0.5}, [], []),
+    ]
+
+
+def test_only_the_trackers_that_were_asked_for_are_replaced() -> None:
+    class Callbacks:
+        """The part of a Trainer that holds its callbacks: TensorBoard alone."""
+
+        def __init__(self) -> None:
+            self.added: list[TrainerCallback] = []
+
+        def pop_callback(self, kind: type[TrainerCallback]) -> object | None:
+            return kind if kind is TensorBoardCallback else None
+
+        def add_callback(self, callback: TrainerCallback) -> None:
+            self.added.append(callback)
+
+    trainer = Callbacks()
+    use_grouped_names(trainer, [])
+    assert [type(callback) for callback in trainer.added] == [TensorBoardTracker]
+
+
+def test_a_card_from_before_there_were_probes_is_not_shown(tmp_path: Path) -> None:
+    """Stage 3 takes such a card, for its mean and standard deviation; a tracker ended the run on its missing probes."""
+    (tmp_path / "reward_card.json").write_text('{"score_mean": 0.0, "score_std": 1.0}', encoding="utf-8")
+    show_card(SimpleNamespace(_wandb=object()), str(tmp_path), 0)  # a tracker that takes nothing
 
 
 def test_a_metric_that_nobody_knows_has_a_group_too() -> None:

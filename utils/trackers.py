@@ -100,7 +100,7 @@ def check_trackers(training_args: TrainingArguments) -> None:
 def show_card(callback: TrainerCallback, folder: str, step: int) -> None:
     """Show the reward card in `folder`, where there is one, in the tracker of a callback that has begun."""
     card = read_card(folder)
-    if card is None:
+    if card is None or "probes" not in card:  # one from before there were probes
         return
     path = os.path.join(folder, "reward_card.png")
     picture = path if os.path.isfile(path) else None
