@@ -228,11 +228,11 @@ def test_phases_of_ppo_by_hand(cheap, stages):
     cache = 2 * 2 * 8 * 2 * 8 * 4  # layers, keys and values, rows, heads, width, bytes: of one token
     phases = {
         "reading prompts": {"KV cache": cache * 32, "activations": 1500 * 8 * 32},
-        "sampling": {"KV cache": cache * 48, "activations": 2 * 8 * 48 * 4 * 8 * 4, "logits": 6 * 8 * 320 * 4},
+        "sampling": {"KV cache": cache * 48, "activations": 2 * 8 * 48 * 4 * 8 * 4, "logits": 4 * 8 * 320 * 4},
         "judging, decoder": {"activations": 1500 * 4 * 48},
-        "judging, log-probs": {"activations": 4 * 16 * 32 * 4, "logits": 5 * 64 * 320 * 4},
+        "judging, log-probs": {"activations": 4 * 16 * 32 * 4, "logits": 6 * 64 * 320 * 4},
         "update, forward": {"activations": 1500 * 4 * 48},
-        "update, log-probs": {"activations": 1000 * 4 * 48, "logits": 3.25 * 64 * 320 * 4 + 2 * 64 * 32 * 4},
+        "update, log-probs": {"activations": 1000 * 4 * 48, "logits": 6 * 64 * 320 * 4 + 3 * 64 * 32 * 4},
         "update, backward": {"activations": 2000 * 4 * 48},
     }
     assert make_ppo_plan(stages).phases == phases
