@@ -78,6 +78,7 @@ from utils.arguments import (
 from utils.checkpoints import resume_path, saving
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
 from utils.degenerate import find_broken
+from utils.gold import Gold, load_gold, try_gold
 from utils.guard import Guard, Limits, floor_scores, measure_replies
 from utils.launch import relaunch_on_all_gpus
 from utils.plan import announce, ppo_plan
@@ -198,6 +199,13 @@ class PPOArguments(SteadyArguments, TrainingArguments):
         default=2, metadata={"help": "So many iterations with an alarm, out of one more, end the run."}
     )
     kl_budget: float = field(default=10.0, metadata={"help": "Highest KL of best/ to the SFT model, in nats a reply."})
+    gold_function: str | None = field(
+        default=None,
+        metadata={
+            "help": "MODULE:NAME of a Python function (prompt, response) -> number of your own, such as a rule or a "
+            "verifier.  It is measured and logged beside the score; neither training nor guard see it."
+        },
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
     gae_lambda: float = field(default=0.95, metadata={"help": "GAE's trade of bias for variance."})
     clip_range: float = field(default=0.2, metadata={"help": "Clip of the policy's probability ratio."})
@@ -275,12 +283,14 @@ class Experience(NamedTuple):
     values: Tensor  # float32 [B, T]
     entropy: Tensor  # float32 [B, T]
     scores: Tensor  # float32 [B], from the reward model, as it gave them
+    gold: Tensor | None = None  # float32 [B], of --gold_function, where there is one
 
     def rows(self, index: Tensor) -> "Experience":
         """The rows `index`, with the padding cut to the longest of them."""
         batch = self.batch.rows(index)
         tokens = (part[index, : batch.response_mask.shape[1]] for part in self[2:6])
-        return Experience(batch, self.indices[index], *tokens, self.scores[index])
+        gold = None if self.gold is None else self.gold[index]
+        return Experience(batch, self.indices[index], *tokens, self.scores[index], gold)
 
     def nonfinite(self) -> list[tuple[str, str, Tensor]]:
         """What is NaN or infinite: its name, what to do about it, and the rows, bool [B].  Empty where all is well."""
@@ -312,10 +322,12 @@ class PPOTrainer(SteadyTrainer):
         sampling: Sampling,
         statistics: ScoreStatistics,
         guard_dataset: Dataset | None = None,
+        gold: Gold | None = None,
         record: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """guard_dataset: held-out prompts for the guard, None for no guard; record: run.json, for the one in best/."""
+        """guard_dataset: held-out prompts for the guard, None for no guard; gold: what is only measured; record: run.json,
+        for the one in best/."""
         super().__init__(*args, data_collator=lambda rows: rows, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.sampling = sampling
@@ -323,6 +335,7 @@ class PPOTrainer(SteadyTrainer):
         self.kl_coef = self.args.init_kl_coef
         self.guard = Guard(Limits(self.args.kl_budget), self.args.guard_patience)
         self.guard_dataset = guard_dataset
+        self.gold = gold
         self.has_critic = self.args.critic == "adapter"
         base = self.model.get_base_model()
         # Where the update computes as the sampler does, its log-probs and values are those of the sampler, to rounding.
@@ -417,8 +430,18 @@ class PPOTrainer(SteadyTrainer):
         return self.judge(model, [row["input_ids"] for row in rows], seeds, [row["index"] for row in rows])
 
     @torch.no_grad()
-    def judge(self, model: nn.Module, queries: list[list[int]], seeds: list[int], indices: list[int]) -> Experience:
-        """Sample with `seeds`; log-probs of policy and reference, values and scores of the replies."""
+    def judge(
+        self,
+        model: nn.Module,
+        queries: list[list[int]],
+        seeds: list[int],
+        indices: list[int],
+        dataset: Dataset | None = None,
+    ) -> Experience:
+        """Sample with `seeds`; log-probs of policy and reference, values, scores and gold of the replies.
+
+        indices: of the prompts in `dataset`, by default the training prompts.
+        """
         device = self.args.device
         was_training = model.training
         model.eval()
@@ -449,7 +472,11 @@ class PPOTrainer(SteadyTrainer):
             scores[index] = reward_scores(model, inputs)
         logprobs[broken] = torch.nan
         indices = torch.tensor(indices, device=device)
-        return self.gather_experience(Experience(batch, indices, logprobs, ref_logprobs, values, entropy, scores))
+        experience = Experience(batch, indices, logprobs, ref_logprobs, values, entropy, scores)
+        if self.gold is not None:
+            pairs = zip(*self.texts(experience, dataset or self.train_dataset), strict=True)
+            experience = experience._replace(gold=torch.tensor([self.gold(*pair) for pair in pairs], device=device))
+        return self.gather_experience(experience)
 
     def passes(self, batch: Batch, rows: Tensor) -> list[Tensor]:
         """`rows` of the batch in parts that go through the model together: at most `mini_batch_size`, of similar length."""
@@ -477,7 +504,7 @@ class PPOTrainer(SteadyTrainer):
         ids = together(local.batch.input_ids, self.sampling.pad_token_id)
         mask = together(local.batch.response_mask.int()).bool()
         batch = Batch(ids, together(local.batch.attention_mask), together(local.batch.query_lengths), mask)
-        return Experience(batch, *(together(part) for part in local[1:]))
+        return Experience(batch, *(part if part is None else together(part) for part in local[1:]))
 
     def texts(self, experience: Experience, dataset: Dataset) -> tuple[list[str], list[str]]:
         """Prompts and replies as text."""
@@ -627,6 +654,7 @@ class PPOTrainer(SteadyTrainer):
             "score_mean": float(experience.scores.mean()),
             "score_std": float(experience.scores.std(unbiased=False)),
             "normalized_score_mean": float(scores.mean()),
+            **({} if experience.gold is None else {"gold_mean": float(experience.gold.mean())}),
             "kl": float(reply_kl.mean()),
             "kl_k3": float(k3.sum(1).mean()),
             "kl_max": float(reply_kl.abs().max()),
@@ -650,7 +678,7 @@ class PPOTrainer(SteadyTrainer):
             rows = [dataset[i] for i in share[start : start + size]]
             seeds = [_seed(self.args.seed, row["index"], 0, 2) for row in rows]
             queries, indices = [row["input_ids"] for row in rows], [row["index"] for row in rows]
-            experience = self.judge(self.model_wrapped, queries, seeds, indices)
+            experience = self.judge(self.model_wrapped, queries, seeds, indices, dataset)
             found = experience.nonfinite()
             if found:
                 what = found[0][0]
@@ -678,6 +706,8 @@ class PPOTrainer(SteadyTrainer):
             for name, value in self.describe(experience, kl.sum(1), scores).items():
                 if name in ("score_mean", "normalized_score_mean", "kl", "kl_k3", "response_length", "empty_fraction"):
                     measures[f"eval_{name}"] = measures.get(f"eval_{name}", 0.0) + value * len(scores)
+            if experience.gold is not None:
+                measures["eval_gold"] = measures.get("eval_gold", 0.0) + float(experience.gold.sum())
             count += len(scores)
         measures = {name: value / count for name, value in measures.items()}
         self.log(measures)
@@ -710,9 +740,12 @@ class PPOTrainer(SteadyTrainer):
         metrics = {}
         looks = iteration % self.args.guard_freq == 0 or iteration == self.args.steps
         if looks:
-            held_out = self.measure_for_guard(list(self.reply_to(self.guard_dataset, iteration)), self.guard_dataset)
+            parts = list(self.reply_to(self.guard_dataset, iteration))
+            held_out = self.measure_for_guard(parts, self.guard_dataset)
             measures = {**measures, "held-out": held_out}
             metrics = {f"heldout/{name}": value for name, value in held_out.items()}
+            if self.gold is not None:  # for the log alone: neither a sign nor best/ may depend on it
+                metrics["heldout/gold"] = float(torch.cat([part.gold for part in parts]).mean())
         signs = self.guard.check(iteration, measures)
         for level, sentence in signs:
             say(f"{level}: iteration {iteration}: {sentence}")
@@ -779,6 +812,9 @@ class PPOTrainer(SteadyTrainer):
             }
             for index, text, score, kl, length in rows
         ]
+        if experience.gold is not None:
+            for row, gold in zip(self.samples, experience.gold.tolist(), strict=True):
+                row["gold"] = gold
         append_jsonl(self.samples, self.args.output_dir, "samples.jsonl")
 
     # ---- Saving ----
@@ -941,6 +977,7 @@ def main() -> None:
     check_kind(sft, "--sft_model_lora_path", needs_score_head=False)
     check_kind(reward, "--reward_model_lora_path", needs_score_head=True)
     longest = longest_prompt(training_args)
+    gold = None if training_args.gold_function is None else load_gold(training_args.gold_function)
     announce(
         lambda model, args: ppo_plan(model, args, sft, reward, dtype),
         model_args,
@@ -982,6 +1019,8 @@ def main() -> None:
             f"{len(train_dataset)} prompts are fewer than the {needed} of one iteration (--batch_size in each process); "
             "give more prompts or a smaller batch"
         )
+    if gold is not None:
+        try_gold(gold, train_dataset[0]["prompt"])
 
     # ---- Model ----
     base = load_base(model_args, dtype, training_args.device)
@@ -1009,6 +1048,7 @@ def main() -> None:
         sampling=sampling,
         statistics=statistics,
         guard_dataset=guard_dataset,
+        gold=gold,
         record=record,
     )
     trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)

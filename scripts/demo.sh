@@ -34,7 +34,8 @@ python reward_modeling.py --config configs/reward_demo.yaml --seed "$SEED" \
 step "stage 3: PPO"
 python rl_training.py --config configs/ppo_demo.yaml --seed "$SEED" \
   --model_name "$OUTPUT/world/base" --dataset "$OUTPUT/world/prompts.jsonl" \
-  --sft_model_lora_path "$OUTPUT/sft" --reward_model_lora_path "$OUTPUT/reward" --output_dir "$OUTPUT/ppo"
+  --sft_model_lora_path "$OUTPUT/sft" --reward_model_lora_path "$OUTPUT/reward" --output_dir "$OUTPUT/ppo" \
+  --gold_function demo.gold:gold_score
 step "a standalone model of base + PPO adapter"
 python merge_lora.py --base_model_name "$OUTPUT/world/base" --adapter_path "$OUTPUT/ppo/best" --output_dir "$OUTPUT/merged"
 step "base, SFT and PPO on held-out prompts"

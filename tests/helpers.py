@@ -26,6 +26,7 @@ from tests.conftest import make_model, make_tokenizer
 from utils.adapters import assemble_ppo_model, enable_jobs, new_reward_model, read_adapter, start_critic
 from utils.arguments import LoraArguments
 from utils.data import tokenize_prompts
+from utils.gold import Gold
 from utils.report import RunFiles
 from utils.rollout import Sampling
 
@@ -116,6 +117,7 @@ def make_ppo_trainer(
     statistics: ScoreStatistics | None = None,
     base: PreTrainedModel | None = None,
     guarded: bool = False,
+    gold: Gold | None = None,
     **arguments: Any,
 ) -> PPOTrainer:
     """A PPOTrainer put together as rl_training.main() does it; `base` replaces the model of stages.base.
@@ -147,6 +149,7 @@ def make_ppo_trainer(
         sampling=make_sampling(args),
         statistics=statistics,
         guard_dataset=prompts if guarded else None,
+        gold=gold,
     )
 
 

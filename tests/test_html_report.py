@@ -229,10 +229,10 @@ def test_records_side_by_side(tmp_path: Path) -> None:
 
 def test_samples_of_several_runs(tmp_path: Path) -> None:
     samples = data_of(page_of(write_run(tmp_path / "a"), write_run(tmp_path / "b")))["samples"]
-    assert samples["columns"] == ["iteration", "score", "length", "kl", "gold"]
+    assert samples["columns"] == ["iteration", "score", "gold", "length", "kl"]
     assert samples["prompts"] == [NASTY, "plain"]
-    assert samples["rows"][0] == [1, 0.5, 7, 0.1, 1, 0, 0, NASTY + "1"]
-    assert samples["rows"][7] == [2, 1.0, 7, 0.1, 2, 1, 1, NASTY + "2"]
+    assert samples["rows"][0] == [1, 0.5, 1, 7, 0.1, 0, 0, NASTY + "1"]
+    assert samples["rows"][7] == [2, 1.0, 2, 7, 0.1, 1, 1, NASTY + "2"]
 
 
 def test_a_choice_of_samples_keeps_whole_prompts(tmp_path: Path) -> None:

@@ -555,6 +555,32 @@ CASES = [  # name, script, changes, message (paths and regular expression)
     wrong_value("sft", "prompt_template", "Q: A:", r"needs {prompt} in it once, found 'Q: A:'; write for example"),
     wrong_value("sft", "prompt_template", "{prompt} {prompt}", r"needs {prompt} in it once, found "),
     wrong_value("reward", "prompt_template", "chat", r"this tokenizer has no chat template; give one with {prompt}"),
+    wrong_value(
+        "ppo", "gold_function", "demo.gold", r"demo.gold is not MODULE:NAME; write for example demo.gold:gold_"
+    ),
+    wrong_value("ppo", "gold_function", ":f", r":f is not MODULE:NAME"),
+    wrong_value(
+        "ppo", "gold_function", "no.such:f", r"cannot import no.such \(ModuleNotFoundError: No module named 'no'"
+    ),
+    wrong_value("ppo", "gold_function", "tests.golds:f", r"tests.golds has no function f, found None; correct"),
+    wrong_value(
+        "ppo", "gold_function", "tests.golds:NOT_A_FUNCTION", r"has no function NOT_A_FUNCTION, found 3; correct"
+    ),
+    wrong_value(
+        "ppo", "gold_function", "tests.golds:infinite", r"on the prompt '.+' and the reply '' gives inf; it has"
+    ),
+    wrong_value("ppo", "gold_function", "tests.golds:not_a_number", r"the reply '' gives nan; it has to give a finite"),
+    wrong_value("ppo", "gold_function", "tests.golds:too_large", r"the reply '' gives 1e\+39; it has to give a finite"),
+    wrong_value(
+        "ppo", "gold_function", "tests.golds:without_number", r"fails \(TypeError: .*NoneType.*; it has to give"
+    ),
+    wrong_value(
+        "ppo",
+        "gold_function",
+        "tests.golds:without_empty_replies",
+        r"fails \(ZeroDivisionError: .*\); it has to give a number for every reply",
+    ),
+    wrong_value("ppo", "gold_function", "operator:neg", r"operator:neg on the prompt .* fails \(TypeError: "),
     wrong_value("compare", "adapters", "{sft}", r"is not NAME=FOLDER; write for example SFT=output/sft"),
     wrong_value("sft", "resume_from_checkpoint", "{cut_sft}", r"the checkpoint {cut_sft} is not whole: there is no"),
     (

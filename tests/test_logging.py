@@ -199,9 +199,16 @@ def test_the_console_shows_one_readable_line_an_iteration():
     line = "iteration 3/24  score 1.23 +- 0.50  KL 2.00  16.4 tokens a reply  empty 12%  entropy 0.62  352 tokens/s"
     assert iteration_line(logs, 3, 24) == line
     assert iteration_line({**logs, "heldout/score": 0.71}, 3, 24) == line + "  held-out score 0.71"
+    with_gold = {**logs, "gold_mean": 0.617, "heldout/score": 0.71, "heldout/gold": 0.5}
+    assert iteration_line(with_gold, 3, 24) == (
+        line.replace("  KL", "  gold 0.62  KL") + "  held-out score 0.71 gold 0.50"
+    )
     evaluation = {f"eval_{name}": logs[name] for name in ("score_mean", "kl", "response_length", "empty_fraction")}
     assert (
         iteration_line(evaluation, 3, 24) == "evaluation after 3  score 1.23  KL 2.00  16.4 tokens a reply  empty 12%"
+    )
+    assert iteration_line({**evaluation, "eval_gold": 0.25}, 3, 24).startswith(
+        "evaluation after 3  score 1.23  gold 0.25  KL 2.00"
     )
     assert iteration_line({"train_runtime": 3.0}, 24, 24) is None
 

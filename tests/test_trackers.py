@@ -28,7 +28,7 @@ from utils.trackers import SAMPLES, Grouped, TensorBoardTracker, show_card, trac
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH, TEMPLATE = 3, 4, "Q: {prompt}\nA:"
 PLAIN = ("objective", "policy", "value", "reply", "speed")
-WATCHED = (*PLAIN, "guard and held-out prompts", "evaluation")
+WATCHED = (*PLAIN, "guard and held-out prompts", "evaluation", "gold")
 ONLY_WANDB, ONLY_TENSORBOARD = {"card/probes", "train/global_step"}, {"card/table"}
 
 
@@ -112,7 +112,7 @@ def read_tensorboard(folder: Path) -> Tracked:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, data: dict[str, str]) -> Path:
-    """A reward model, and PPO with and without guard and evaluation; all with both trackers."""
+    """A reward model, and PPO with and without guard, evaluation and gold; all with both trackers."""
     folder = tmp_path_factory.mktemp("trackers")
     stages = make_stages(save_lively_base(folder / "base"), folder / "stages")
     common = ["--model_name", stages.base, "--prompt_template", TEMPLATE, "--dataset", data["preferences"]]
@@ -122,6 +122,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: dict[str, str]) -> Path
     ppo += ["--allow_weak_reward", "true", "--output_max_length", "12", "--save_freq", "2", "--learning_rate", "1e-3"]
     ppo += ["--steps", STEPS, "--batch_size", BATCH]
     watched = ["--guard_freq", "2", "--guard", "warn", "--eval_fraction", "0.4", "--eval_strategy", "steps"]
+    watched += ["--gold_function", "tests.golds:judge"]
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("WANDB_SILENT", "true")
         both = ["wandb", "tensorboard"]  # what "all" is where nothing else is installed
@@ -181,12 +182,14 @@ def test_histograms_are_of_the_replies(runs: Path) -> None:
             assert (histogram.num, histogram.min, histogram.max) == (BATCH, min(values), max(values))
 
 
-def test_samples_are_shown_at_the_start_and_with_every_checkpoint(runs: Path) -> None:
-    samples = read_jsonl(str(runs / "plain" / "samples.jsonl"))
-    tables = read_wandb(runs / "trackers/plain").series["reply/samples"]
-    texts = read_tensorboard(runs / "trackers/plain").texts["reply/samples"]
+@pytest.mark.parametrize(("name", "more"), [("plain", []), ("watched", ["gold"])])
+def test_samples_are_shown_at_the_start_and_with_every_checkpoint(runs: Path, name: str, more: list[str]) -> None:
+    samples = read_jsonl(str(runs / name / "samples.jsonl"))
+    assert list(samples[0]) == ["iteration", "prompt", "response", "score", "kl", "length", *more]
+    tables = read_wandb(runs / "trackers" / name).series["reply/samples"]
+    texts = read_tensorboard(runs / "trackers" / name).texts["reply/samples"]
     assert list(tables) == list(texts) == [1, 2, 3]  # the SFT model, --save_freq 2, the end
-    (files,) = (runs / "trackers/plain/wandb").glob("offline-run-*/files")
+    (files,) = (runs / "trackers" / name / "wandb").glob("offline-run-*/files")
     for iteration, table in tables.items():
         rows = [row for row in samples if row["iteration"] == iteration][:SAMPLES]
         shown = json.loads((files / table["path"]).read_text(encoding="utf-8"))

@@ -72,6 +72,7 @@ def make_commands(stages: Stages, data: dict[str, str], folder: Path) -> dict[st
         *("--learning_rate", "0.001", "--adap_kl_ctrl", "true", "--adap_kl_horizon", "50", "--save_freq", "3"),
         *("--eval_strategy", "steps", "--eval_steps", "3"),
         *("--allow_weak_reward", "true", "--guard", "warn", "--guard_freq", "2"),
+        *("--gold_function", "tests.golds:judge"),
     ]
     tune = ["--model_name_or_path", stages.base, "--max_length", "64", "--lora_dropout", "0", "--logging_steps", "1"]
     tune += ["--learning_rate", "0.001", "--max_steps", "3"]

@@ -20,6 +20,7 @@ COUNTERS = ("iteration", "step", "epoch")  # what curves are drawn over, never a
 GROUPS = {  # heading -> metrics under it, in this order; others follow by the word in front of their slash
     "Score and distance": (
         "score_mean",
+        "gold_mean",
         "score_std",
         "normalized_score_mean",
         "reward_mean",
@@ -54,6 +55,7 @@ GROUPS = {  # heading -> metrics under it, in this order; others follow by the w
 }
 PREFIXES = {"guard": "Guard", "heldout": "Guard: held-out prompts"}  # word in front of the slash -> heading
 TITLES = {
+    "gold": "gold (your own measure)",
     "score_std": "standard deviation of the score",
     "normalized_score_mean": "score in the reward card's units",
     "reward_mean": "reward: score minus KL penalty",
@@ -121,12 +123,13 @@ GUARD_TITLES = {  # of guard/... and heldout/...
     "asked": "share of what was asked that the reply takes up",
     "kl": "KL to the SFT model (nats a reply)",
     "score": "score in the reward card's units",
+    "gold": "gold (your own measure)",
     "extreme": "farthest score (standard deviations)",
     "signs": "warnings and alarms",
     "recent_alarms": "alarms that count",
 }
 PROBES = ("probes", "probe_counts", "probes_above_sft")  # of the reward card: a number for each kind of broken reply
-SAMPLE_NUMBERS = ("iteration", "score", "length", "kl")  # first, in this order
+SAMPLE_NUMBERS = ("iteration", "score", "gold", "length", "kl")  # first, in this order
 
 
 @dataclass

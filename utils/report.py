@@ -36,6 +36,7 @@ from utils.page import write_page
 LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
 CURVES = {  # metrics of stage 3 -> title of the picture
     "score_mean": "score (reward model)",
+    "gold_mean": "gold (your own measure)",
     "response_length": "reply length (tokens)",
     "kl": "KL to the SFT model (nats a reply)",
     "entropy": "entropy (nats a token)",
@@ -177,14 +178,17 @@ def iteration_line(logs: dict[str, Any], iteration: int, iterations: int) -> str
     """What a person wants to see of a log of stage 3, in one line; None where it holds neither replies nor an evaluation."""
     if "score_mean" in logs:
         held_out = f"  held-out score {logs['heldout/score']:.2f}" if "heldout/score" in logs else ""
+        held_out += f" gold {logs['heldout/gold']:.2f}" if "heldout/gold" in logs else ""
+        gold = f"gold {logs['gold_mean']:.2f}  " if "gold_mean" in logs else ""
         return (
-            f"iteration {iteration}/{iterations}  score {logs['score_mean']:.2f} +- {logs['score_std']:.2f}  "
+            f"iteration {iteration}/{iterations}  score {logs['score_mean']:.2f} +- {logs['score_std']:.2f}  {gold}"
             f"KL {logs['kl']:.2f}  {logs['response_length']:.1f} tokens a reply  empty {logs['empty_fraction']:.0%}  "
             f"entropy {logs['entropy']:.2f}  {logs['tokens_per_second']:.0f} tokens/s{held_out}"
         )
     if "eval_score_mean" in logs:
+        gold = f"gold {logs['eval_gold']:.2f}  " if "eval_gold" in logs else ""
         return (
-            f"evaluation after {iteration}  score {logs['eval_score_mean']:.2f}  KL {logs['eval_kl']:.2f}  "
+            f"evaluation after {iteration}  score {logs['eval_score_mean']:.2f}  {gold}KL {logs['eval_kl']:.2f}  "
             f"{logs['eval_response_length']:.1f} tokens a reply  empty {logs['eval_empty_fraction']:.0%}"
         )
     return None
@@ -223,6 +227,8 @@ def draw_curves(folder: str) -> None:
     marks = [(best, "best", "#009e73"), (collapse, "collapse", "#d55e00")]
     os.makedirs(os.path.join(folder, "plots"), exist_ok=True)
     for metric, title in CURVES.items():
+        if not any(metric in row for row in rows):  # gold, where there is none
+            continue
         figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
         axes.plot([row["iteration"] for row in rows], [row.get(metric) for row in rows], linewidth=1.8)
         if metric == "score_mean":

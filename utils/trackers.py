@@ -22,6 +22,7 @@ TRACKER_NAMES = {  # metrics.jsonl -> trackers; guard/... and heldout/... are ca
     "score_mean": "objective/score_mean",
     "score_std": "objective/score_std",
     "normalized_score_mean": "objective/normalized_score_mean",
+    "gold_mean": "objective/gold",
     "reward_mean": "objective/reward_mean",
     "kl": "objective/kl",
     "kl_k3": "objective/kl_k3",
@@ -56,7 +57,6 @@ TRACKER_NAMES = {  # metrics.jsonl -> trackers; guard/... and heldout/... are ca
     "total_flos": "speed/run_flos",
 }
 SAMPLES = 16  # replies in a table: enough to see what the policy does, few enough to send
-SAMPLE_COLUMNS = ("iteration", "prompt", "response", "score", "kl", "length")
 HISTOGRAMS = {"objective/scores": "score", "reply/lengths": "length"}  # name -> column of samples.jsonl
 STEP = "train/global_step"  # what the callbacks of transformers draw everything over, and what they call it
 
@@ -165,8 +165,8 @@ class TensorBoardTracker(Grouped, TensorBoardCallback):
         for name, column in HISTOGRAMS.items() if replies else ():
             self.tb_writer.add_histogram(name, np.array([row[column] for row in replies]), step)
         if shown:
-            rows = [[_rounded(row[column]) for column in SAMPLE_COLUMNS] for row in shown]
-            self.tb_writer.add_text("reply/samples", "\n".join(markdown_table(SAMPLE_COLUMNS, rows)), step)
+            rows = [list(map(_rounded, row.values())) for row in shown]
+            self.tb_writer.add_text("reply/samples", "\n".join(markdown_table(list(shown[0]), rows)), step)
         self.tb_writer.flush()
 
 
@@ -180,8 +180,8 @@ def send(tracker: ModuleType, step: int, metrics: dict[str, float], replies: lis
     for name, column in HISTOGRAMS.items() if replies else ():
         entries[name] = tracker.Histogram([row[column] for row in replies])
     if shown:
-        rows = [[row[column] for column in SAMPLE_COLUMNS] for row in shown]
-        entries["reply/samples"] = tracker.Table(columns=list(SAMPLE_COLUMNS), data=rows)
+        rows = [list(row.values()) for row in shown]
+        entries["reply/samples"] = tracker.Table(columns=list(shown[0]), data=rows)
     tracker.log(entries)
 
 
