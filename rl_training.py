@@ -79,7 +79,7 @@ from utils.checkpoints import resume_path, saving
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
 from utils.degenerate import find_broken
 from utils.gold import Gold, load_gold, try_gold
-from utils.guard import Guard, Limits, floor_scores, measure_replies
+from utils.guard import ALARM, Guard, Limits, floor_scores, measure_replies
 from utils.launch import relaunch_on_all_gpus
 from utils.plan import announce, ppo_plan
 from utils.report import IterationLines, RunFiles, append_jsonl, draw_curves, run_record, write_json
@@ -755,7 +755,9 @@ class PPOTrainer(SteadyTrainer):
             say(f"collapse: {self.guard.verdict}")
             if self.args.guard == "stop":
                 self.roll_back()
-        return metrics | {"guard/signs": float(len(signs)), "guard/recent_alarms": float(len(self.guard.alarms))}
+        counts = {"signs": len(signs), "alarms": sum(level == ALARM for level, _ in signs)}
+        counts["recent_alarms"] = len(self.guard.alarms)
+        return metrics | {f"guard/{name}": float(count) for name, count in counts.items()}
 
     def save_best(self) -> None:
         """Write the policy as it is to best/, which is never half written."""

@@ -146,7 +146,7 @@ def test_a_collapse_stops_the_run_and_brings_the_best_policy_back(
     assert (outcome["guard"]["collapse_at"], outcome["guard"]["rolled_back_to"]) == (2, 0)
 
 
-def test_a_guard_that_warns_lets_the_run_go_on(stages: Stages, tmp_path: Path) -> None:
+def test_a_guard_that_warns_lets_the_run_go_on(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     trainer = make_ppo_trainer(stages, tmp_path, steps=4, guarded=True, guard="warn")
     certain_collapse(trainer)
     trainer.train()
@@ -159,6 +159,12 @@ def test_a_guard_that_warns_lets_the_run_go_on(stages: Stages, tmp_path: Path) -
         "stopped": False,
         "rolled_back_to": None,
     }
+    said = capsys.readouterr().err
+    rows = [row for row in trainer.state.log_history if "guard/signs" in row]
+    for iteration, row in enumerate(rows, 1):
+        alarms, warnings = (said.count(f"{level}: iteration {iteration}: ") for level in ("alarm", "warning"))
+        assert (row["guard/alarms"], row["guard/signs"]) == (alarms, alarms + warnings)
+    assert [row["guard/alarms"] > 0 for row in rows] == [False, True, True, True]
 
 
 def test_the_watch_changes_nothing_in_a_run_that_it_does_not_stop(stages: Stages, tmp_path: Path) -> None:

@@ -13,7 +13,16 @@ from tests.helpers import own_lines
 from tests.pages import Page
 from utils import report
 from utils.arguments import InputError, run_script
-from utils.html_report import best_count, chosen_samples, group_metrics, read_run, report_page, short_names, title_of
+from utils.html_report import (
+    best_count,
+    chosen_samples,
+    collapse_count,
+    group_metrics,
+    read_run,
+    report_page,
+    short_names,
+    title_of,
+)
 from utils.page import POLICY, WEB, embed_json, write_page
 from utils.report import CURVES
 
@@ -178,6 +187,44 @@ def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("best", [{}, None, 3])
 def test_no_best_is_no_mark(tmp_path: Path, best: object) -> None:
     assert best_count(read_run(write_run(tmp_path / "a", best=best), "a")) is None
+
+
+def collapsed(**guard: object) -> dict:
+    """run.json of a run that the guard ended."""
+    signs = "iteration 2, rollouts: replies shrink: <b>1</b> token a reply"
+    said = {"verdict": signs, "collapse_at": 2, "stopped": True, "rolled_back_to": 1}
+    return {"best": {"iteration": 1}, "guard": {**said, **guard}}
+
+
+def test_a_collapse_is_marked_and_said(tmp_path: Path) -> None:
+    """It was in run.json alone, and a page of a ruined run looked like that of a good one."""
+    lines = [{"iteration": i, "score_mean": i, "guard/alarms": alarms} for i, alarms in ((1, 0), (2, 1), (3, 2))]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    runs = [
+        write_run(tmp_path / "ended", metrics=text, **collapsed()),
+        write_run(tmp_path / "warned", **collapsed(stopped=False, rolled_back_to=None)),
+        write_run(tmp_path / "good", guard={"verdict": None, "collapse_at": None, "stopped": False}),
+    ]
+    page = page_of(*runs)
+    (section,) = data_of(page)["sections"]
+    assert [(run["best"], run["collapse"], run["alarms"]) for run in section["runs"]] == [
+        (1, 2, [2, 3]),
+        (1, 2, []),
+        (None, None, []),
+    ]
+    assert re.findall(r'<p class="verdict" dir="auto">(.*?)</p>', page) == [
+        "<strong>ended: collapse at iteration 2; stopped, and rolled back to the policy of iteration 1.</strong> "
+        "rollouts: replies shrink: &lt;b&gt;1&lt;/b&gt; token a reply",
+        "<strong>warned: collapse at iteration 2; the guard was to warn only, and the run went on.</strong> "
+        "rollouts: replies shrink: &lt;b&gt;1&lt;/b&gt; token a reply",
+    ]
+
+
+@pytest.mark.parametrize("guard", [{}, None, 3, {"collapse_at": None}])
+def test_no_collapse_is_no_mark(tmp_path: Path, guard: object) -> None:
+    folder = write_run(tmp_path / "a", guard=guard)
+    assert collapse_count(read_run(folder, "a")) is None
+    assert 'class="verdict"' not in page_of(folder)
 
 
 # ---- Tables and samples ----

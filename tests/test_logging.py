@@ -170,6 +170,7 @@ def test_pictures_show_the_numbers(tmp_path, monkeypatch):
         "clip_fraction",
     )
     rows = [{"iteration": i, **{name: i * 10.0 + n for n, name in enumerate(names)}} for i in (1, 2, 3)]
+    rows[2]["guard/alarms"] = 2.0
     lines = [rows[0], {"iteration": 1, "eval_score_mean": 99.0}, *rows[1:]]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = {"best": {"iteration": 2}, "guard": {"collapse_at": 3}}
@@ -179,7 +180,13 @@ def test_pictures_show_the_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Axes, "axvline", lambda self, x, **style: marks.append((style["label"], x)) or line(self, x, **style)
     )
+    alarms = []
+    points = Axes.scatter
+    monkeypatch.setattr(
+        Axes, "scatter", lambda self, x, y, **style: alarms.append((style["label"], x)) or points(self, x, y, **style)
+    )
     draw_curves(str(tmp_path))
+    assert alarms == [("alarm", [3])] * len(drawn)
     assert set(marks) == {("best", 2), ("collapse", 3)}
     curves = {titles[axes]: curve for axes, curve in drawn.items()}
     assert curves["score (reward model)"] == ([1, 2, 3], [10.0, 20.0, 30.0])

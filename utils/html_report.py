@@ -126,6 +126,7 @@ GUARD_TITLES = {  # of guard/... and heldout/...
     "gold": "gold (your own measure)",
     "extreme": "farthest score (standard deviations)",
     "signs": "warnings and alarms",
+    "alarms": "alarms",
     "recent_alarms": "alarms that count",
 }
 PROBES = ("probes", "probe_counts", "probes_above_sft")  # of the reward card: a number for each kind of broken reply
@@ -300,6 +301,8 @@ def curve_sections(runs: Sequence[Run], titles: Mapping[str, str]) -> list[dict[
                         "number": number,
                         "name": run.name,
                         "best": best_count(run),
+                        "collapse": collapse_count(run),
+                        "alarms": alarm_counts(series),
                         "series": {name: series[name] for name in curves if name in series},
                     }
                     for number, run, series in members
@@ -320,6 +323,17 @@ def best_count(run: Run) -> float | None:
     """The iteration that run.json calls the best one, None where it names none."""
     best = run.record.get("best")
     return best.get(run.counter) if isinstance(best, Mapping) else None
+
+
+def collapse_count(run: Run) -> float | None:
+    """The iteration in which the guard was certain of a collapse, None where it was not."""
+    guard = run.record.get("guard")
+    return guard.get("collapse_at") if isinstance(guard, Mapping) else None
+
+
+def alarm_counts(series: Mapping[str, tuple[list[float], list[float]]]) -> list[float]:
+    """The iterations with an alarm of the guard."""
+    return [count for count, alarms in zip(*series.get("guard/alarms", ([], [])), strict=True) if alarms > 0]
 
 
 def chosen_samples(samples: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
@@ -460,6 +474,7 @@ def report_page(folders: Sequence[str], titles: Mapping[str, str], max_samples: 
     body = [
         f'<h1 dir="auto">{html.escape(heading)}</h1>',
         *(f'<p class="note">{html.escape(_headline(run))}</p>' for run in runs),
+        *(_verdict(run) for run in runs if collapse_count(run) is not None),
         "<nav>" + " ".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in parts) + "</nav>",
         "<noscript><p>The curves and the samples need JavaScript; nothing is fetched from anywhere.</p></noscript>",
     ]
@@ -475,6 +490,17 @@ def _headline(run: Run) -> str:
     parts = [STAGES.get(run.stage, run.stage), f"{max(counts, default=0)} {run.counter}s"]
     parts += [f"base {run.record['base_model']}"] if "base_model" in run.record else []
     return f"{run.name}: " + ", ".join(parts)
+
+
+def _verdict(run: Run) -> str:
+    """HTML paragraph: what the guard saw of a collapse, and what came of it."""
+    guard, at = run.record["guard"], collapse_count(run)
+    end = "the guard was to warn only, and the run went on"
+    if guard.get("stopped"):
+        end = f"stopped, and rolled back to the policy of iteration {guard.get('rolled_back_to')}"
+    signs = str(guard.get("verdict")).removeprefix(f"iteration {at}, ")
+    lead = html.escape(f"{run.name}: collapse at iteration {at}; {end}.")
+    return f'<p class="verdict" dir="auto"><strong>{lead}</strong> {html.escape(signs)}</p>'
 
 
 def _sample_note(kept: int, total: int) -> str:

@@ -224,7 +224,8 @@ def draw_curves(folder: str) -> None:
     with open(os.path.join(folder, "run.json"), encoding="utf-8") as file:
         run = json.load(file)
     best, collapse = (run.get("best") or {}).get("iteration"), run.get("guard", {}).get("collapse_at")
-    marks = [(best, "best", "#009e73"), (collapse, "collapse", "#d55e00")]
+    marks = [(best, "best", "#009e73", "--"), (collapse, "collapse", "#d55e00", "-")]
+    alarms = [row["iteration"] for row in rows if row.get("guard/alarms", 0) > 0]
     os.makedirs(os.path.join(folder, "plots"), exist_ok=True)
     for metric, title in CURVES.items():
         if not any(metric in row for row in rows):  # gold, where there is none
@@ -235,9 +236,12 @@ def draw_curves(folder: str) -> None:
             low = [row["score_mean"] - row["score_std"] for row in rows]
             high = [row["score_mean"] + row["score_std"] for row in rows]
             axes.fill_between([row["iteration"] for row in rows], low, high, alpha=0.15, label="one standard deviation")
-        for iteration, label, colour in marks:
+        for iteration, label, colour, style in marks:
             if iteration is not None:
-                axes.axvline(iteration, linestyle="--", linewidth=1.2, color=colour, label=label)
+                axes.axvline(iteration, linestyle=style, linewidth=1.2, color=colour, label=label)
+        if alarms:  # along the lower edge, whatever the numbers are
+            place = axes.get_xaxis_transform()
+            axes.scatter(alarms, [0.03] * len(alarms), marker="^", color="#d55e00", transform=place, label="alarm")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
         axes.set(xlabel="iteration", title=title)

@@ -29,6 +29,7 @@ def write_run(folder: Path, seed: int) -> str:
         {
             "iteration": i,
             "score_mean": i + seed,
+            "guard/alarms": float(seed and i in (38, 40)),
             "guard/x": float("nan") if i == 7 else 1.0,
             **flat,
             "nearly": 1 + i * 1e-7,
@@ -51,6 +52,9 @@ def write_run(folder: Path, seed: int) -> str:
     for name, rows in (("metrics.jsonl", metrics), ("samples.jsonl", samples)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     record = {"stage": "ppo", "base_model": SCRIPT, "seed": seed, "best": {"iteration": 30}}
+    if seed:  # the second run collapses
+        signs = f"iteration 40, rollouts: {SCRIPT}"
+        record["guard"] = {"verdict": signs, "collapse_at": 40, "stopped": True, "rolled_back_to": 30}
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     return str(folder)
 
@@ -175,6 +179,47 @@ def test_hover_tells_the_values(browser: Browser, pages: dict[str, Path]) -> Non
     assert browser.run(f"document.querySelector('{chart} .tip').hidden")
 
 
+def test_a_collapse_is_marked_where_it_was(browser: Browser, pages: dict[str, Path]) -> None:
+    """A red line with a cross in the run's colour at iteration 40, triangles at the alarms, and the verdict as text."""
+    browser.open(pages["both"])
+    chart = '[data-metric="score_mean"]'
+    every = browser.run("document.querySelectorAll('.chart').length")
+    assert browser.run("document.querySelectorAll('.chart line.collapse').length") == every
+    marks = browser.run(
+        f"(() => {{ const all = part => [...document.querySelectorAll('{chart} ' + part)];"
+        "const middle = node => { const box = node.getBoundingClientRect(); return box.left + box.width / 2; };"
+        "return {collapse: all('.collapse').map(middle), cross: all('.cross').map(middle), best: all('.best').map(middle),"
+        "alarms: all('.alarm').map(middle), line: all('path.line').map(node => node.getBoundingClientRect().toJSON())}; })()"
+    )
+    box = marks["line"][0]  # its curve goes from iteration 1 to 50
+    place = {i: box["left"] + (i - 1) / 49 * box["width"] for i in (30, 38, 40)}
+    for name, iterations in (("collapse", [40]), ("cross", [40]), ("best", [30, 30]), ("alarms", [38, 40])):
+        assert marks[name] == pytest.approx([place[i] for i in iterations], abs=1.5), name
+    colours = [
+        browser.run(f"getComputedStyle(document.querySelectorAll('{chart} {part}')[{number}]).{what}")
+        for part, number, what in (("path.line", 1, "stroke"), (".cross", 0, "stroke"), (".alarm", 0, "fill"))
+    ]
+    assert len(set(colours)) == 1  # the second run's
+    keys = browser.run("[...document.querySelectorAll('#curves .key')].map(node => node.textContent)")
+    assert keys == [
+        "one (dashed upright line: best, iteration 30)",
+        "two (dashed upright line: best, iteration 30; red line with a cross: collapse, iteration 40; triangles: alarms)",
+    ]
+    assert browser.run("[...document.querySelectorAll('p.verdict')].map(node => node.textContent)") == [
+        f"two: collapse at iteration 40; stopped, and rolled back to the policy of iteration 30. rollouts: {SCRIPT}"
+    ]
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    colour = "getComputedStyle(document.querySelector('{}')).{}"
+    assert (
+        contrast(
+            browser.run(colour.format("p.verdict", "color")), browser.run(colour.format("p.verdict", "backgroundColor"))
+        )
+        > 4.5
+    )
+    panel = browser.run(colour.format(".chart", "backgroundColor"))
+    assert contrast(browser.run(colour.format(".chart .collapse", "stroke")), panel) > 3
+
+
 def test_a_gap_is_a_gap_and_a_run_can_be_hidden(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["both"])
     path = browser.run("document.querySelector('[data-metric=\"guard/x\"] path.line').getAttribute('d')")
@@ -191,7 +236,7 @@ def test_every_axis_can_be_read(browser: Browser, pages: dict[str, Path]) -> Non
         "({anchor: text.getAttribute('text-anchor'), label: text.textContent, left: text.getBBox().x,"
         "right: text.getBBox().x + text.getBBox().width, width: svg.clientWidth})))"
     )
-    assert len(axes) == 9
+    assert len(axes) == 10
     for texts in axes:
         up, along = ([text for text in texts if text["anchor"] == anchor] for anchor in ("end", "middle"))
         for labels in (up, along):

@@ -93,7 +93,8 @@ class Chart {
     const lines = this.runs
       .filter((run) => !this.hidden.has(run.number))
       .map((run) => ({ run, xs: run.series[this.metric][0], ys: run.series[this.metric][1] }));
-    const xs = lines.flatMap((line) => line.xs);
+    const marks = lines.flatMap(({ run }) => [run.best, run.collapse, ...run.alarms].filter((x) => x !== null));
+    const xs = lines.flatMap((line) => line.xs).concat(marks);
     let [left, right] = xs.length ? [xs.reduce((a, b) => Math.min(a, b)), xs.reduce((a, b) => Math.max(a, b))] : [0, 1];
     if (left === right) [left, right] = [left - 1, right + 1];
     const [low, high] = range(lines.flatMap((line) => line.ys.filter((y) => y !== null)));
@@ -109,9 +110,19 @@ class Chart {
       if (Number.isInteger(value)) svg.append(written(label, { x: atX(value), y: height - 7, "text-anchor": "middle" }));
     }
     for (const { run, xs, ys } of lines) {
+      const upright = (x) => ({ x1: atX(x), x2: atX(x), y1: edge.top, y2: height - edge.bottom });
       if (run.best !== null) {
-        const at = { x1: atX(run.best), x2: atX(run.best), y1: edge.top, y2: height - edge.bottom };
-        svg.append(drawn("line", { class: "best", ...at, style: `stroke:${colourOf(run.number)}` }));
+        svg.append(drawn("line", { class: "best", ...upright(run.best), style: `stroke:${colourOf(run.number)}` }));
+      }
+      if (run.collapse !== null) {
+        const [x, y] = [atX(run.collapse), edge.top + 5]; // the cross has the colour of the run
+        svg.append(drawn("line", { class: "collapse", ...upright(run.collapse) }));
+        const cross = `M${x - 5} ${y - 5}l10 10m0 -10l-10 10`;
+        svg.append(drawn("path", { class: "cross", d: cross, style: `stroke:${colourOf(run.number)}` }));
+      }
+      const foot = height - edge.bottom - 9 * lines.findIndex((line) => line.run === run); // a row of triangles a run
+      for (const x of run.alarms) {
+        svg.append(drawn("path", { class: "alarm", d: `M${atX(x)} ${foot - 8}l4 8h-8z`, style: `fill:${colourOf(run.number)}` }));
       }
       let path = "";
       let pen = "M"; // lifted over a gap: a value that is no number
@@ -157,7 +168,9 @@ class Chart {
       const dot = element("span", { className: "dot" });
       dot.style.background = colourOf(run.number);
       const name = data.runs.length > 1 ? `${run.name}: ` : "";
-      rows.push(element("div", { className: "value" }, dot, name + shown(ys[at])));
+      const marks = [run.best === nearest && "best", run.alarms.includes(nearest) && "alarm", run.collapse === nearest && "collapse"];
+      const words = marks.filter(Boolean).map((mark) => ` · ${mark}`);
+      rows.push(element("div", { className: "value" }, dot, name + shown(ys[at]) + words.join("")));
     }
     this.tip.replaceChildren(...rows);
     this.tip.hidden = false;
@@ -185,7 +198,11 @@ function drawSection(section) {
   section.hidden = new Set(); // numbers of the runs that are switched off
   const own = [];
   const keys = section.runs.map((run) => {
-    const name = run.best === null ? run.name : `${run.name} (upright line: best, ${section.counter} ${run.best})`;
+    const marks = [];
+    if (run.best !== null) marks.push(`dashed upright line: best, ${section.counter} ${run.best}`);
+    if (run.collapse !== null) marks.push(`red line with a cross: collapse, ${section.counter} ${run.collapse}`);
+    if (run.alarms.length) marks.push("triangles: alarms");
+    const name = marks.length ? `${run.name} (${marks.join("; ")})` : run.name;
     if (section.runs.length === 1) return element("span", { className: "key" }, swatch(run.number), name);
     const box = element("input", { type: "checkbox", checked: true });
     box.addEventListener("change", () => {
