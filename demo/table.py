@@ -4,7 +4,8 @@
 
 Reads what the three scripts wrote under the folder, samples one reply to each held-out prompt from each model (one base
 in memory, adapters switched), judges it by the gold rules and by the reward model, prints the table and a few replies,
-and writes table.md and table.json.  Exits with 1 when the outcome misses the demo's bars (see BARS).
+and writes table.md, table.json and report.html (of all three stages).  Exits with 1 when the outcome misses the demo's
+bars (see BARS).
 """
 
 import argparse
@@ -21,7 +22,7 @@ from utils.adapters import load_base, load_tokenizer, read_adapter
 from utils.answers import answer, answer_sampling, load_side_by_side
 from utils.arguments import InputError, ModelArguments, run_script
 from utils.data import encode_prompt
-from utils.report import read_jsonl, write_json
+from utils.report import read_jsonl, write_json, write_report
 
 BATCH = 64
 SHOWN = 3  # prompts whose replies are printed
@@ -121,6 +122,8 @@ def main() -> None:
         f"\n{table}\nadapters: {folder}/sft, {folder}/reward, {folder}/ppo/best (and checkpoints by iteration beside it)"
     )
     print(f"metrics:  metrics.jsonl in each of them; pictures: {folder}/ppo/plots; merged model: {folder}/merged")
+    # here and not by `python -m utils.report`, which would import everything once more
+    write_report([str(folder / stage) for stage in ("sft", "reward", "ppo")], str(folder / "report.html"))
     if missed:
         print("the demo missed: " + "; ".join(missed), file=sys.stderr)
         sys.exit(1)
