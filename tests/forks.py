@@ -92,7 +92,7 @@ def run_two(jobs: Path, work: Callable[[], None], **environment: str) -> None:
     for process in both:
         process.kill()
         process.join()
-    shown = "\n".join(log.read_text(encoding="utf-8", errors="replace")[-6000:] for log in logs)
+    shown = "\n".join(log.read_text(encoding="utf-8", errors="replace")[-6000:] for log in logs if log.exists())
     assert [process.exitcode for process in both] == [0, 0], shown
 
 
