@@ -2,6 +2,7 @@
 
     python -m benchmarks.ppo_iteration --output_dir speed             both settings, about 25 minutes on two cores
     python -m benchmarks.ppo_iteration --output_dir speed --growth    ours alone, over lengths, batch, vocabulary, size
+    python -m benchmarks.ppo_iteration --output_dir speed --profile   ours alone: where the time goes
 
 Base: random weights in the shape of a Llama with 70 million parameters (see `Shapes`), float32, LoRA on q, k and v.
 Settings: full, where every prompt and reply is as long as it may be; ragged, where prompts have 16 to 64 tokens and replies
@@ -11,8 +12,8 @@ libraries of this environment.  It runs twice: as it comes, with its value model
 checkpointing on; and tuned, with LoRA on the value model and activations kept, which is as near to our side as it gets.
 
 The floor is the time that the floating-point operations nobody can leave out take at the rate of large matrix products,
-measured in the same run: real tokens only, no padding, nothing computed twice.  Writes ppo_iteration.md and .json, or
-growth.md, .json and .png; what is in --output_dir already is not measured again.
+measured in the same run: real tokens only, no padding, nothing computed twice.  Writes ppo_iteration.md and .json,
+growth.md, .json and .png, or profile.md; what is in --output_dir already is not measured again.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.ppo_sides import Shapes, make_inputs
+from benchmarks.ppo_sides import KINDS, Shapes, make_inputs
 from utils.arguments import run_script
 
 TRL = "trl==1.12.0"
@@ -141,6 +142,31 @@ def table(name: str, shapes: Shapes, found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def profile_table(name: str, shapes: Shapes, found: dict[str, dict[str, float]], rate: float) -> str:
+    """Markdown: seconds by phase and kind of operation, and how near the matrix products come to the rate of large ones."""
+    lines = [f"**{name}** ({rate / 1e9:.0f} GFLOP/s in matrix products alone)", ""]
+    lines += ["| | " + " | ".join(f"{kind}, s" for kind in KINDS) + " | products, GFLOP/s |", "|" + "---|" * 5]
+    for phase, counted in operations(shapes).items():
+        cells = [f"{found[phase][kind]:.1f} ({found[phase][kind] / sum(found[phase].values()):.0%})" for kind in KINDS]
+        lines.append(f"| {phase} | " + " | ".join(cells) + f" | {counted / found[phase][KINDS[0]] / 1e9:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_profile(args: argparse.Namespace) -> None:
+    """One iteration of our side under a profiler, in each setting."""
+    tables = []
+    for name in args.settings:
+        folder = args.output_dir / name
+        if not folder.exists():
+            make_inputs(folder, SETTINGS[name])
+        rate = run_side("rate", folder, args)["rate"]
+        found = run_side("profile", folder, args)["profile"]
+        tables.append(profile_table(name, SETTINGS[name], found, rate))
+    report = "\n".join(tables)
+    (args.output_dir / "profile.md").write_text(report, encoding="utf-8")
+    print(report)
+
+
 def growth(args: argparse.Namespace) -> None:
     """Seconds and memory of our side over each thing that grows, beside the operations that it cannot leave out."""
     file = args.output_dir / "growth.json"
@@ -204,10 +230,11 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1, help="of each run")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch")
     parser.add_argument("--growth", action="store_true", help="our side alone, on smaller shapes that grow")
+    parser.add_argument("--profile", action="store_true", help="our side alone, under torch's profiler")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    if args.growth:
-        growth(args)
+    if args.growth or args.profile:
+        growth(args) if args.growth else write_profile(args)
         return
     install_trl(args.output_dir / "trl")
     tables = []

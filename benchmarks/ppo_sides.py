@@ -1,6 +1,7 @@
 """One side of benchmarks/ppo_iteration.py in a process of its own: real PPO iterations on given shapes, timed by phase.
 
     python -m benchmarks.ppo_sides ours FOLDER          this toolkit: rl_training.main() with its usual arguments
+    python -m benchmarks.ppo_sides profile FOLDER       the same under torch's profiler
     python -m benchmarks.ppo_sides trl FOLDER           TRL's PPOTrainer as it comes, from the folder that TRL_FOLDER names
     python -m benchmarks.ppo_sides trl_tuned FOLDER     the same with less to train and nothing computed twice
     python -m benchmarks.ppo_sides rate FOLDER          matrix products alone
@@ -204,6 +205,41 @@ def ours(folder: Path, iterations: int) -> dict[str, Any]:
     return {"iterations": phases.iterations}
 
 
+def profiled(folder: Path, iterations: int) -> dict[str, Any]:
+    """`ours` under torch's profiler: seconds of the main thread by phase and kind of operation, over all iterations."""
+    from torch.profiler import profile
+
+    found: dict[str, dict[str, float]] = {}
+    running: list[profile] = []
+    enter = Phases.enter
+
+    def profiled_enter(phases: Phases, name: str) -> None:
+        if running:
+            profiler = running.pop()
+            profiler.stop()
+            kinds = found.setdefault(phases.name, dict.fromkeys(KINDS, 0.0))
+            for event in profiler.key_averages():
+                kinds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
+        enter(phases, name)
+        if name != "end":
+            running.append(profile())
+            running[0].start()
+
+    Phases.enter = profiled_enter
+    ours(folder, iterations)
+    return {"profile": found}
+
+
+KINDS = ("matrix products", "attention", "everything else")
+
+
+def kind_of(operator: str) -> str:
+    """Which of KINDS an operator of torch is."""
+    if operator in ("aten::mm", "aten::addmm", "aten::bmm"):
+        return "matrix products"
+    return "attention" if "scaled_dot_product" in operator else "everything else"
+
+
 def trl(folder: Path, iterations: int, tuned: bool = False) -> dict[str, Any]:
     """Iterations of TRL's PPOTrainer with LoRA on the policy, which is the reference without its adapter.
 
@@ -332,6 +368,7 @@ def rate(folder: Path, _: int) -> dict[str, Any]:
 
 SIDES: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "ours": ours,
+    "profile": profiled,
     "trl": trl,
     "trl_tuned": functools.partial(trl, tuned=True),
     "rate": rate,

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.ppo_iteration import operations
-from benchmarks.ppo_sides import Shapes, make_inputs, read_inputs, reply_lengths
+from benchmarks.ppo_iteration import operations, profile_table
+from benchmarks.ppo_sides import KINDS, Shapes, kind_of, make_inputs, read_inputs, reply_lengths
 from utils.adapters import read_adapter
 
 TINY = Shapes(
@@ -73,3 +73,14 @@ def test_both_sides_read_what_was_written(tmp_path: Path) -> None:
     assert not read_adapter(str(folder / "sft"), "--sft").has_score_head
     assert read_adapter(str(folder / "reward"), "--reward").has_score_head
     assert json.loads((folder / "shapes.json").read_text())["hidden"] == 12
+
+
+def test_a_profile_is_told_by_kind_of_operation() -> None:
+    names = ["aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "aten::mul"]
+    assert [kind_of(name) for name in names] == list(KINDS)
+    shapes = Shapes(4, 1, 2, 1, 8, 10, rows=1, mini_batch=1, ppo_epochs=1, lora_r=1, prompts=(3, 3), replies=(2, 2))
+    seconds = dict(zip(KINDS, (1e-6, 0.0, 3e-6), strict=True))
+    lines = profile_table("hand", shapes, dict.fromkeys(("generate", "score", "train"), seconds), 2e9).splitlines()
+    generated = 4 * 2 * 164 + 160 + 2 * 2 * 40  # see above
+    assert lines[0] == "**hand** (2 GFLOP/s in matrix products alone)"
+    assert lines[4] == f"| generate | 0.0 (25%) | 0.0 (0%) | 0.0 (75%) | {generated / 1e-6 / 1e9:.0f} |"
