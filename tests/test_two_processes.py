@@ -162,12 +162,12 @@ def rows_of(folder: Path, key: str) -> list[dict]:
     return [row for row in read_jsonl(str(folder / "metrics.jsonl")) if key in row]
 
 
-def assert_close(found: list[dict], wanted: list[dict], leave_out: set[str], rel: float = 1e-5) -> None:
+def assert_close(found: list[dict], wanted: list[dict], leave_out: set[str]) -> None:
     assert len(found) == len(wanted) > 0
     for one, other in zip(found, wanted, strict=True):
         assert one.keys() == other.keys()
         for name in one.keys() - leave_out:
-            assert one[name] == pytest.approx(other[name], rel=rel, abs=1e-5), name
+            assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), name
 
 
 def assert_same_weights(one: Path, other: Path, file: str) -> None:
@@ -191,12 +191,12 @@ def test_ppo_gives_the_same_numbers_in_one_process_and_in_two(outputs: Path, nam
     check_ppo(outputs / f"{name} {kind}", outputs / f"{name} alone", optimizer_steps=2 if name == "accumulation" else 4)
 
 
-def check_ppo(two: Path, alone: Path, optimizer_steps: int, rel: float = 1e-5) -> None:
+def check_ppo(two: Path, alone: Path, optimizer_steps: int) -> None:
     wanted = rows_of(alone, "score_mean")
     assert [row["iteration"] for row in wanted] == [1, 2, 3]
     assert [row["optimizer_steps"] for row in wanted] == [optimizer_steps] * 3
     clocks = {"seconds", "tokens_per_second"}
-    assert_close(rows_of(two, "score_mean"), wanted, clocks | {"ratio_first"}, rel)
+    assert_close(rows_of(two, "score_mean"), wanted, clocks | {"ratio_first"})
     assert all(abs(row["ratio_first"] - 1) < 1e-5 for row in rows_of(two, "score_mean"))
     assert_close(rows_of(two, "eval_score_mean"), rows_of(alone, "eval_score_mean"), set())
     replies = [

@@ -437,10 +437,10 @@ def tiled_logprobs(
                 own_slope = torch.where(is_here, by_plain.gather(1, column).squeeze(1).float(), own_slope)
                 weights *= by_plain
             slopes = slopes * kept[:, None] + weights.to(plain.dtype) @ head.weight[tile]
-    log_total = peak + total.log()
     if with_slopes:
         slopes = own_slope[:, None] * head.weight[tokens] - slopes / total[:, None]
-    return own - log_total, log_total - mean / total, slopes
+    # differences of logits first: they are far smaller than the logits, and so is the rounding
+    return (own - peak) - total.log(), (peak - mean / total) + total.log(), slopes
 
 
 def reply_job(batch: Batch, sampling: Sampling, with_values: bool, with_entropy: bool) -> Job:

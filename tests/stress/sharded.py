@@ -52,8 +52,7 @@ def check(name: str, config: str, root: Path) -> None:
     elif name == "sft":
         check_sft(two, alone)
     else:
-        # after three iterations the gradient norm of ZeRO-2 has been seen 1.2e-5 away: float32 sums in another order
-        check_ppo(two, alone, optimizer_steps=2 if name == "accumulation" else 4, rel=2e-5)
+        check_ppo(two, alone, optimizer_steps=2 if name == "accumulation" else 4)
 
 
 def check_resumed(two: Path, alone: Path) -> None:
