@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+# What a shell runs in the background ignores Ctrl-C, and so would every process that a test starts to interrupt it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for own_cache in ("HF_DATASETS_CACHE", "TRACKIO_DIR"):
     atexit.register(shutil.rmtree, os.environ[own_cache], ignore_errors=True)
 
