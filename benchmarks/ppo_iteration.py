@@ -210,11 +210,13 @@ def draw_growth(found: dict[str, dict[str, float]], path: Path) -> None:
         scale = rows[0]["seconds"] / rows[0]["operations"]
         axes.plot(list(values), [row["seconds"] for row in rows], "o-", color="#0072b2", label="seconds")
         axes.plot(list(values), [row["operations"] * scale for row in rows], "--", color="#888888", label="operations")
-        axes.set(xlabel=name, ylabel="seconds", ylim=(0, None), xlim=(0, None))
+        top = 1.4 * max(*(row["seconds"] for row in rows), rows[-1]["operations"] * scale)  # room for the legend
+        axes.set(xlabel=name, ylabel="seconds", ylim=(0, top), xlim=(0, None))
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
         memory = axes.twinx()
         memory.plot(list(values), [row["gibibytes"] for row in rows], "s-", color="#d55e00", label="GiB at the peak")
-        memory.set(ylabel="GiB", ylim=(0, None))
+        memory.set(ylabel="GiB", ylim=(0, 1.4 * max(row["gibibytes"] for row in rows)))
         lines = [*axes.get_lines(), *memory.get_lines()]
         axes.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=8)
     figure.tight_layout()

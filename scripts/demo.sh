@@ -16,7 +16,7 @@ fi
 rm -rf "$OUTPUT"
 mkdir -p "$OUTPUT"
 touch "$OUTPUT/.demo"
-# The demo's model is so small that threads cost more than they bring: two took 405 seconds, one takes 300.
+# The demo's model is so small that threads cost more than they bring: two took 405 seconds, one takes 270.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 started=$SECONDS
 step() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - started)); }
