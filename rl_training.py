@@ -460,14 +460,14 @@ class PPOTrainer(SteadyTrainer):
             width = rows.response_mask.shape[1]
             inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
             if not self.same_arithmetic:  # the update must start at a ratio of 1
-                policy = model(**inputs, job=reply_job(rows, self.sampling, not self.has_critic, with_entropy=True))
+                policy = model(**inputs, job=reply_job(rows, self.sampling, not self.has_critic))
                 logprobs[index, :width], entropy[index, :width] = policy.logprobs.float(), policy.entropy.float()
                 if not self.has_critic:
                     values[index, :width] = policy.values.float()
             if self.has_critic:
                 values[index, :width] = self.critic_values(model, rows)
             with use_adapter(unwrapped, REFERENCE):
-                reference = model(**inputs, job=reply_job(rows, self.sampling, with_values=False, with_entropy=False))
+                reference = model(**inputs, job=reply_job(rows, self.sampling, with_values=False))
             ref_logprobs[index, :width] = reference.logprobs.float()
             scores[index] = reward_scores(model, inputs)
         logprobs[broken] = torch.nan
@@ -631,7 +631,7 @@ class PPOTrainer(SteadyTrainer):
             new = model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
-                job=reply_job(batch, self.sampling, not self.has_critic, with_entropy=False),
+                job=reply_job(batch, self.sampling, not self.has_critic),
             )
             values = self.critic_values(model, batch) if self.has_critic else new.values
         policy = ppo.policy_loss(new.logprobs, old_logprobs, advantages, mask, self.args.clip_range)

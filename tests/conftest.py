@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the same on a machine with GPUs
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,6 +35,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+if TYPE_CHECKING:
+    from tests.helpers import Stages
 
 torch.set_num_threads(1)
 # What a shell runs in the background ignores Ctrl-C, and so would every process that a test starts to interrupt it.
@@ -146,3 +150,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Paths of small SFT and preference files with the usual column names."""
     folder = tmp_path_factory.mktemp("data")
     return {"sft": write_sft(folder / "sft.jsonl"), "preferences": write_preferences(folder / "preferences.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> "Stages":
+    """Paths of a base, an SFT adapter and a reward adapter, all with random weights; a test file may change them."""
+    from tests.helpers import make_stages, save_lively_base  # which imports this module
+
+    folder = tmp_path_factory.mktemp("stages")
+    return make_stages(save_lively_base(folder / "base"), folder)

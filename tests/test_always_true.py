@@ -45,12 +45,6 @@ CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    folder = tmp_path_factory.mktemp("stages")
-    return make_stages(save_lively_base(folder / "base"), folder)
-
-
-@pytest.fixture(scope="module")
 def dropout_stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     """The same with dropout wherever a base and an adapter can have it."""
     folder = tmp_path_factory.mktemp("dropout")
@@ -321,7 +315,7 @@ def test_a_saved_policy_and_value_head_give_the_same_outputs(stages: Stages, tmp
 
     again = stage_3_model(Stages(stages.base, str(saved), stages.reward))  # the next round of PPO goes on from here
     load_value_head(again.get_base_model(), str(saved))
-    job = reply_job(experience.batch, trainer.sampling, with_values=True, with_entropy=False)
+    job = reply_job(experience.batch, trainer.sampling, with_values=True)
     with torch.no_grad():
         inputs = {"input_ids": experience.batch.input_ids, "attention_mask": experience.batch.attention_mask}
         values = again(**inputs, job=job).values

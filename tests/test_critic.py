@@ -14,20 +14,12 @@ from tests.helpers import (
     Stages,
     load_plain,
     make_ppo_trainer,
-    make_stages,
     queries_of,
     run_main,
-    save_lively_base,
 )
 from utils.adapters import POLICY, REWARD, add_score_head, attach_adapter, enable_jobs, read_adapter, score_job
 from utils.report import read_jsonl
 from utils.rollout import make_batch
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    folder = tmp_path_factory.mktemp("stages")
-    return make_stages(save_lively_base(folder / "base"), folder)
 
 
 def tensors(trainer: rl_training.PPOTrainer) -> dict[str, torch.Tensor]:

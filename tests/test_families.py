@@ -264,7 +264,7 @@ def test_score_does_not_depend_on_padding_or_batch(side, extra, pad_id, pipeline
 
 @torch.no_grad()
 def reply_statistics(model: PeftModel, batch: Batch, sampling: Sampling):
-    job = reply_job(batch, sampling, with_values=True, with_entropy=True)
+    job = reply_job(batch, sampling, with_values=True)
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=job)
 
 

@@ -12,7 +12,7 @@ import rl_training
 from rl_training import Experience
 from tests import golds
 from tests.conftest import write_rows
-from tests.helpers import PROMPTS, Stages, make_ppo_trainer, make_stages, run_main, save_lively_base
+from tests.helpers import PROMPTS, Stages, make_ppo_trainer, run_main
 from tests.pages import Page
 from utils.arguments import InputError, RunError
 from utils.gold import load_gold, try_gold
@@ -21,12 +21,6 @@ from utils.report import CURVES, read_jsonl
 from utils.rollout import make_batch
 
 HELD_OUT = ["held-out question", "另一个问题", "one more"]
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    folder = tmp_path_factory.mktemp("stages")
-    return make_stages(save_lively_base(folder / "base"), folder)
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,8 @@ from tests.helpers import (
     PROMPTS,
     Stages,
     make_ppo_trainer,
-    make_stages,
     move_policy,
     run_main,
-    save_lively_base,
 )
 from utils.adapters import POLICY, REFERENCE, read_adapter
 from utils.arguments import InputError
@@ -28,12 +26,6 @@ from utils.rollout import make_batch
 
 PAD, EOS = 0, 2
 CARD = {"score_mean": 0.0, "score_std": 1.0, "passed": True, "failed": []}
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    folder = tmp_path_factory.mktemp("stages")
-    return make_stages(save_lively_base(folder / "base"), folder)
 
 
 @pytest.fixture

@@ -26,22 +26,14 @@ from tests.helpers import (
     load_with_jobs,
     make_ppo_trainer,
     make_sampling,
-    make_stages,
     queries_of,
     run_main,
-    save_lively_base,
 )
 from utils.arguments import RunError
 from utils.report import read_jsonl
 from utils.rollout import draw_replies, sample_replies
 
 POISON = "熊"  # whose tokens only the prompts with it hold
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    folder = tmp_path_factory.mktemp("stages")
-    return make_stages(save_lively_base(folder / "base"), folder)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import reward_modeling
 import rl_training
 import sft_training
 from tests.conftest import write_rows
-from tests.helpers import PROMPTS, Stages, make_stages, run_main, save_lively_base
+from tests.helpers import PROMPTS, Stages, run_main
 from tests.stress import kill_and_resume
 from utils import checkpoints
 from utils.arguments import InputError
@@ -28,12 +28,6 @@ from utils.checkpoints import find_fault, resume_path, seal
 from utils.report import read_jsonl
 
 CLOCK = re.compile("seconds|per_second|runtime")
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    folder = tmp_path_factory.mktemp("stages")
-    return make_stages(save_lively_base(folder / "base"), folder)
 
 
 def ppo_arguments(stages: Stages, prompts: str, output_dir: Path) -> list[str]:

@@ -21,10 +21,8 @@ from tests.helpers import (
     independent_logprobs,
     lively,
     make_ppo_trainer,
-    make_stages,
     move_policy,
     queries_of,
-    save_lively_base,
     wake_value_head,
 )
 from utils import rollout
@@ -49,14 +47,8 @@ PLAIN = Sampling(eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=12)
 SHAPED = replace(PLAIN, temperature=0.7, repetition_penalty=1.3, begin_suppress_tokens=(PAD, EOS))
 
 
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    folder = tmp_path_factory.mktemp("stages")
-    return make_stages(save_lively_base(folder / "base"), folder)
-
-
 def statistics(model: PreTrainedModel, batch: Batch, sampling: Sampling, values: bool = False) -> ReplyStatistics:
-    job = reply_job(batch, sampling, with_values=values, with_entropy=True)
+    job = reply_job(batch, sampling, with_values=values)
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=job)
 
 
@@ -342,6 +334,19 @@ def test_a_draw_at_the_very_edge_of_a_block() -> None:
         assert set(tokens.tolist()) <= {249, 300}
 
 
+def test_a_tile_whose_tokens_are_all_suppressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its largest logit is -inf: relative to that there is no sum, and the log-prob became NaN."""
+    monkeypatch.setattr(rollout, "TILE", 3)
+    sampling = replace(PLAIN, begin_suppress_tokens=(0, 1, 2))  # the first tile
+    model = lively(make_model("llama"))
+    wanted = [independent_logprobs(model, *row, sampling) for row in zip(QUERIES, RESPONSES, strict=True)]
+    enable_jobs(model)
+    model.requires_grad_(False)
+    ours = statistics(model, make_batch(QUERIES, RESPONSES, PAD), sampling)
+    for row, logprobs in enumerate(wanted):
+        torch.testing.assert_close(ours.logprobs[row, : len(logprobs)], logprobs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 3])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen embedding", "trained embedding"])
 def test_chunks_change_neither_values_nor_gradients(
@@ -380,7 +385,7 @@ def test_chunks_change_neither_values_nor_gradients(
     model.lm_head.weight.requires_grad_(not frozen)
     enable_jobs(model)
     batch = make_batch(QUERIES, RESPONSES, PAD)
-    job = reply_job(batch, sampling, with_values=False, with_entropy=False)
+    job = reply_job(batch, sampling, with_values=False)
     ours = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=job)
     torch.testing.assert_close(ours.logprobs, wanted, rtol=1e-5, atol=1e-5)
     (weights * ours.logprobs).sum().backward()
@@ -448,7 +453,7 @@ def test_adding_padding_columns_changes_nothing(stages: Stages, tmp_path: Path) 
 
     for with_values in (False, True):
         inputs = {"input_ids": padded.batch.input_ids, "attention_mask": padded.batch.attention_mask}
-        job = reply_job(padded.batch, trainer.sampling, with_values=with_values, with_entropy=True)
+        job = reply_job(padded.batch, trainer.sampling, with_values=with_values)
         with torch.no_grad():
             ours = trainer.model(**inputs, job=job)
         torch.testing.assert_close(ours.logprobs[:, :-5], experience.logprobs, rtol=1e-5, atol=1e-5)

@@ -20,17 +20,11 @@ import sft_training
 from tests import sharded
 from tests.conftest import write_rows
 from tests.forks import free_port, run_jobs, run_two
-from tests.helpers import PROMPTS, Stages, make_stages, run_main, save_lively_base
+from tests.helpers import PROMPTS, Stages, run_main
 from tests.sharded import launcher_environment
 from utils.report import read_jsonl
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    folder = tmp_path_factory.mktemp("stages")
-    return make_stages(save_lively_base(folder / "base"), folder)
 
 
 def two_machines(*words: str) -> None:

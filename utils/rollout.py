@@ -86,7 +86,7 @@ class ReplyStatistics(NamedTuple):
 
     logprobs: Tensor  # float [B, T]
     values: Tensor | None  # float [B, T], value of the state in front of the token
-    entropy: Tensor | None  # float [B, T], of the distribution the token was drawn from, in nats
+    entropy: Tensor  # float [B, T], of the distribution the token was drawn from, in nats
 
 
 def split_by_length(lengths: Sequence[int], overhead: float, most_rows: int, most_tokens: int) -> list[list[int]]:
@@ -411,7 +411,8 @@ def tiled_logprobs(
     vocabulary are kept relative to the largest logit so far.  With z the shaped logit, y the plain one, p = softmax(z):
     d log p(t) / d state = dz(t)/dy(t) w(t) - sum over v of p(v) dz(v)/dy(v) w(v), where w(v) is row v of the embedding.
     """
-    peak = torch.full(tokens.shape, -torch.inf, device=states.device)
+    least = torch.finfo(torch.float32).min  # in the place of -inf, which has no product with 0
+    peak = torch.full(tokens.shape, least, device=states.device)
     own, total, mean = (torch.zeros_like(peak) for _ in range(3))  # z(t); sums of exp(z - peak) and of z exp(z - peak)
     own_slope = torch.ones_like(peak)
     slopes = torch.zeros(states.shape, device=states.device) if with_slopes else None
@@ -431,7 +432,7 @@ def tiled_logprobs(
         old_peak, peak = peak, torch.maximum(peak, shaped.amax(1))
         kept, weights = (old_peak - peak).exp(), (shaped - peak[:, None]).exp_()
         total = total * kept + weights.sum(1)
-        mean = mean * kept + torch.linalg.vecdot(weights, shaped.clamp(min=torch.finfo(shaped.dtype).min))
+        mean = mean * kept + torch.linalg.vecdot(weights, shaped.clamp(min=least))
         if with_slopes:
             if by_plain is not None:
                 own_slope = torch.where(is_here, by_plain.gather(1, column).squeeze(1).float(), own_slope)
@@ -443,7 +444,7 @@ def tiled_logprobs(
     return (own - peak) - total.log(), (peak - mean / total) + total.log(), slopes
 
 
-def reply_job(batch: Batch, sampling: Sampling, with_values: bool, with_entropy: bool) -> Job:
+def reply_job(batch: Batch, sampling: Sampling, with_values: bool) -> Job:
     """Job that gives the ReplyStatistics of `batch`; the entropy has no gradient.
 
     Only real reply positions reach the output embedding, and the logits of all of them never exist at once: a frozen
@@ -484,7 +485,7 @@ def reply_job(batch: Batch, sampling: Sampling, with_values: bool, with_entropy:
             return values.new_zeros(batch.response_mask.shape).index_put((rows, steps), values)
 
         values = spread(state_values(base, states)) if with_values else None
-        return ReplyStatistics(spread(logprobs), values, spread(entropy) if with_entropy else None)
+        return ReplyStatistics(spread(logprobs), values, spread(entropy))
 
     return job
 
