@@ -38,7 +38,6 @@ from utils.adapters import (
     load_tokenizer,
     member_folders,
     read_adapter,
-    read_json_object,
     score_job,
 )
 from utils.arguments import (
@@ -106,20 +105,6 @@ def check_kind(adapter: SavedAdapter, as_classifier: bool) -> None:
         say(
             f"warning: {adapter.path} is an ensemble of {members} adapters; the classifier is the first of them alone, "
             "without the penalty for disagreement"
-        )
-
-
-def check_not_merged(base: str, adapter: SavedAdapter) -> None:
-    """Raise InputError where the base is a merged model, unless the adapter was trained on that very folder.
-
-    The fingerprint cannot tell: it reads the embedding, which LoRA leaves as it was.
-    """
-    record = read_json_object(os.path.join(base, "run.json"))
-    trained_on = adapter.run.get("base_model") or adapter.config.base_model_name_or_path or ""
-    if record.get("stage") == "merged" and os.path.realpath(trained_on) != os.path.realpath(base):
-        raise InputError(
-            f"--base_model_name {base} is already a merged model ({record.get('base_model')} with {record.get('adapter')}), "
-            f"and {adapter.path} was not trained on it; give the base that it was trained on"
         )
 
 
@@ -226,7 +211,6 @@ def main() -> None:
     check_new_folder(args.output_dir)
     adapter = read_adapter(args.adapter_path, "--adapter_path")
     check_kind(adapter, args.as_classifier)
-    check_not_merged(args.model_name_or_path, adapter)
     args.prompt_template = adapter.run.get("prompt_template")
 
     # ---- Tokenizer ----

@@ -17,17 +17,18 @@ from transformers.utils import logging
 
 import merge_lora
 from tests.conftest import make_model, make_tokenizer, save_base
-from tests.helpers import Stages, load_plain, make_stages, own_lines, strengthen
+from tests.helpers import Stages, load_plain, load_with_jobs, make_stages, own_lines, strengthen
 from utils.adapters import (
     REWARD,
     add_score_head,
     assemble_ppo_model,
     base_fingerprint,
+    load_base,
     new_reward_model,
     read_adapter,
     score_job,
 )
-from utils.arguments import LoraArguments, run_script
+from utils.arguments import InputError, LoraArguments, ModelArguments, run_script
 
 CAUSAL_FILES = {
     "config.json",
@@ -227,12 +228,6 @@ def of_another_base(stages: Stages, folder: Path) -> str:
     return str(folder)
 
 
-def merged_base(stages: Stages, folder: Path) -> str:
-    shutil.copytree(stages.base, folder)
-    (folder / "run.json").write_text(json.dumps({"stage": "merged", "base_model": "BASE", "adapter": "ADAPTER"}))
-    return str(folder)
-
-
 def full_folder(folder: Path) -> Path:
     folder.mkdir()
     (folder / "file").write_text("mine")
@@ -247,7 +242,6 @@ REFUSED = {
     "base is an adapter": lambda s, t: (s.sft, s.sft, t / "out", [], "cannot load"),
     "no adapter": lambda s, t: (s.base, str(t / "none"), t / "out", [], "there is no adapter_config.json"),
     "adapter is a whole model": lambda s, t: (s.base, s.base, t / "out", [], "there is no adapter_config.json"),
-    "merged already": lambda s, t: (merged_base(s, t / "b"), s.sft, t / "out", [], "already a merged model (BASE with"),
     "a tensor is missing": lambda s, t: (s.base, damaged(s, t / "a"), t / "out", [], "does not fit this base"),
     "another base": lambda s, t: (s.base, of_another_base(s, t / "a"), t / "out", [], "trained on the base another"),
     "full output folder": lambda s, t: (s.base, s.sft, full_folder(t / "out"), [], "is not empty"),
@@ -281,12 +275,43 @@ def test_exit_code_of_the_script(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_merged_base_that_the_adapter_was_trained_on_is_fine(stages, tmp_path, merge):
-    base = merged_base(stages, tmp_path / "base")
-    shutil.copytree(stages.sft, tmp_path / "adapter")
-    write_record(tmp_path / "adapter", base_model=base, base_fingerprint=base_fingerprint(load_plain(base)))
-    merge(base, str(tmp_path / "adapter"), tmp_path / "merged")
-    assert set(contents(tmp_path / "merged")) == CAUSAL_FILES
+def test_a_merged_model_is_another_base_than_the_one_it_was_made_from(stages, tmp_path, merge):
+    """The fingerprint once read the embedding alone, which LoRA leaves as it was: stage 3 took a merged SFT model together
+    with the SFT adapter that was in it already, and no line said so.
+    """
+    adapter = str(shutil.copytree(stages.sft, tmp_path / "adapter"))
+    write_record(Path(adapter), base_model=stages.base, base_fingerprint=base_fingerprint(load_plain(stages.base)))
+    merge(stages.base, adapter, tmp_path / "merged")
+    with pytest.raises(InputError, match=f"was trained on the base {stages.base}, not on {tmp_path}/merged"):
+        merge(str(tmp_path / "merged"), adapter, tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_base_of_its_own_fingerprint_may_lie_anywhere_and_have_any_type(stages, tmp_path):
+    first = base_fingerprint(load_plain(stages.base))
+    moved = shutil.copytree(stages.base, tmp_path / "moved")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert base_fingerprint(load_base(ModelArguments(str(moved)), dtype)) == first
+
+
+def test_adapters_and_heads_do_not_change_the_fingerprint(stages):
+    base = load_plain(stages.base)
+    first = base_fingerprint(base)
+    model, _ = new_reward_model(load_with_jobs(stages.base), LoraArguments(lora_target_modules="all-linear"), seed=0)
+    assert base_fingerprint(model.get_base_model()) == first
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_a_change_in_any_matrix_changes_the_fingerprint(family, tmp_path):
+    base = load_plain(save_base(tmp_path, family))
+    first = base_fingerprint(base)
+    for name, matrix in base.named_parameters():
+        if matrix.dim() == 2:
+            old = matrix.detach().clone()
+            matrix.data[0] += 1
+            assert base_fingerprint(base) != first, name
+            matrix.data.copy_(old)
+    assert base_fingerprint(base) == first
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward"])

@@ -179,12 +179,38 @@ def load_base(
 
 
 def base_fingerprint(base: PreTrainedModel) -> str:
-    """Short hash that tells two bases apart, whatever folder they lie in and whichever float type they are loaded as."""
+    """Short hash that tells two bases apart, whatever folder they lie in and whichever float type they are loaded as.
+
+    Two parts with a dash between: of the embedding, and of all other matrices, which are not the same after a merge.  In
+    4 bit only the embedding is as it was, so the second part is missing then, see `same_base`.  Adapters on the base and
+    heads do not count.
+    """
     embedding = base.get_input_embeddings().weight
-    digest = hashlib.sha256(repr((type(base).__name__, tuple(embedding.shape))).encode())
-    rows = embedding.detach()[:: max(1, len(embedding) // 64)]  # a sample spread over the vocabulary
-    digest.update(rows.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    shape = repr((type(base).__name__, tuple(embedding.shape)))
+    matrices = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in base.named_parameters()
+        if parameter.dim() == 2 and parameter is not embedding
+        if "lora_" not in name and not name.startswith(("score.", "v_head."))
+    }
+    parts = [_sample_hash(shape, [embedding])]
+    if all(matrix.is_floating_point() for matrix in matrices.values()):
+        parts.append(_sample_hash(shape, [matrices[name] for name in sorted(matrices)]))
+    return "-".join(parts)
+
+
+def _sample_hash(shape: str, matrices: Sequence[Tensor]) -> str:
+    """Hash of some 64 rows of each matrix, spread over it and rounded to bfloat16."""
+    digest = hashlib.sha256(shape.encode())
+    for matrix in matrices:
+        rows = matrix.detach()[:: max(1, len(matrix) // 64)]
+        digest.update(rows.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints agree in the parts that both have."""
+    return all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
 
 
 def hidden_width(base: PreTrainedModel) -> int:
@@ -467,7 +493,7 @@ def check_adapter(
     if not adapter.run:
         say(f"warning: {adapter.path} has no run.json, so its base and prompt template are taken from the arguments")
         return
-    if adapter.run["base_fingerprint"] != base_fingerprint(base):
+    if not same_base(adapter.run["base_fingerprint"], base_fingerprint(base)):
         raise InputError(
             f"{argument} {adapter.path} was trained on the base {adapter.run['base_model']}, not on "
             f"{base.config._name_or_path}; give the same base in all stages"
