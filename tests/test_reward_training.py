@@ -28,7 +28,7 @@ from utils.adapters import (
 )
 from utils.arguments import InputError
 from utils.data import pad_right, tokenize_preferences
-from utils.degenerate import KINDS, TRAIN_WEIGHT
+from utils.degenerate import KINDS
 
 WORDS = ["tea", "coffee", "soup", "bread", "rice", "cats", "dogs", "fish", "trees", "cars", "books", "songs"]
 ASKED = ["What about {}?", "Tell me of {}.", "Do you know {}?"]
@@ -130,9 +130,10 @@ def test_broken_pairs_are_the_wanted_share_of_all() -> None:
     pairs = with_broken(0.5, ",".join(kinds))
     counts = {kind: pairs["kind"].count(kind) for kind in ["", *kinds]}
     assert counts.pop("") == len(PAIRS)  # no ordinary pair is lost
-    unit = len(PAIRS) / sum(TRAIN_WEIGHT.get(kind, 1) for kind in kinds)
+    hard = {"cut_50", "repeated", "sentence_loop", "token_loop", "shuffled", "off_topic"}
+    unit = len(PAIRS) / (8 + 3 * 6)  # eight others of one share, six of three
     for kind, count in counts.items():
-        assert count == int(np.ceil(unit * TRAIN_WEIGHT.get(kind, 1)))
+        assert count == int(np.ceil(3 * unit if kind in hard else unit))
 
 
 def test_no_broken_pairs_on_request() -> None:

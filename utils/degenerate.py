@@ -39,10 +39,12 @@ KINDS = (
     "stock",
     "wrong_language",
 )
-# Kinds that are worse than whatever reply they were made from, and the weights of the ones that are harder to learn:
-# for two the prompt has to be read, and two hold a whole good sentence.
+# Kinds that are worse than whatever reply they were made from.
 OF_ANY_REPLY = tuple(kind for kind in KINDS if kind not in ("off_topic", "stock", "wrong_language"))
-TRAIN_WEIGHT = {"cut_50": 2, "repeated": 2, "off_topic": 3, "wrong_language": 3}
+# Kinds that get three times as many training pairs, as they are harder to learn: for two the prompt has to be read, and the
+# others hold good words or whole good sentences, in very many ways.
+HARD = ("cut_50", "repeated", "sentence_loop", "token_loop", "shuffled", "off_topic", "wrong_language")
+TRAIN_WEIGHT = dict.fromkeys(HARD, 3)
 SHORTEST_CUT = 6  # tokens: shorter replies are neither cut nor made tiny
 SHORTEST_SHUFFLE = 5  # words
 DONORS = 8  # replies looked at for one that has as little to do with the prompt as possible
