@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from utils.adapters import SMALLEST_PART, load_base, load_tokenizer, new_lora_config, part_size
+from utils.adapters import load_base, load_tokenizer, new_lora_config, sft_part_size
 from utils.arguments import (
     DataArguments,
     LoraArguments,
@@ -87,8 +87,7 @@ class SortedSFTTrainer(SteadyTrainer, SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs)
         lengths = inputs["attention_mask"].sum(1)
         loss = torch.zeros((), device=lengths.device)
-        smallest = 2 if lengths.device.type == "cpu" else SMALLEST_PART  # a pass costs a CPU nothing but its tokens
-        for rows in lengths.argsort().split(part_size(len(lengths), smallest)):
+        for rows in lengths.argsort().split(sft_part_size(len(lengths), lengths.device)):
             longest = int(lengths[rows].max())
             part = {name: values[rows, :longest] for name, values in inputs.items()}
             loss = loss + super().compute_loss(model, part, num_items_in_batch=num_items_in_batch)

@@ -253,20 +253,25 @@ def test_each_phase_of_a_4_bit_base_holds_a_layer_in_full_precision(cheap, stage
 
 @pytest.mark.parametrize("evaluates", [False, True])
 def test_phases_of_sft_by_hand(cheap, stages, evaluates):
-    """4 rows of 48 tokens, of which 47 have a loss; evaluated 2 at a time, without gradients."""
+    """4 rows of 48 tokens, of which 47 have a loss; two go through the model at a time, trained and, without gradients,
+    evaluated.  (The plan once took all rows for one pass, as it had been before: 4.3 GiB where a run needed 1.2.)
+    """
     args = sft_training.SFTArguments(
         output_dir="unused", use_cpu=True, max_length=48, per_device_train_batch_size=4, per_device_eval_batch_size=2
     )
     made = plan.sft_plan(ModelArguments(stages.base), LoraArguments(), args, torch.float32, evaluates)
-    trained, evaluated = 4 * 47, 2 * 47
+    tokens = 2 * 47
     phases = {
-        "training, forward": {"activations": 1500 * 4 * 48},
-        "training, loss": {"activations": 1000 * 4 * 48, "logits": 8.25 * trained * 320 * 4 + 2 * trained * 32 * 4},
-        "training, backward": {"activations": 2000 * 4 * 48},
+        "training, forward": {"activations": (1000 + 1500) * 2 * 48},
+        "training, loss": {
+            "activations": (1000 + 1000) * 2 * 48,
+            "logits": 8.25 * tokens * 320 * 4 + 2 * tokens * 32 * 4,
+        },
+        "training, backward": {"activations": (1000 + 2000) * 2 * 48},
     }
     if evaluates:
         phases["evaluation, forward"] = {"activations": 1500 * 2 * 48}
-        phases["evaluation, loss"] = {"activations": 0, "logits": 4 * evaluated * 320 * 4 + evaluated * 32 * 4}
+        phases["evaluation, loss"] = {"activations": 0, "logits": 4 * tokens * 320 * 4 + tokens * 32 * 4}
     assert made.phases == phases
 
 

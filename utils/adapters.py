@@ -370,6 +370,11 @@ def part_size(rows: int, smallest: int = SMALLEST_PART) -> int:
     return max(smallest, rows // 4)
 
 
+def sft_part_size(rows: int, device: torch.device) -> int:
+    """`part_size` in stage 1, which may be smaller on a CPU: there a pass costs nothing but its tokens."""
+    return part_size(rows, 2 if device.type == "cpu" else SMALLEST_PART)
+
+
 def member_scores(
     model: nn.Module, inputs: dict[str, Tensor], members: Sequence[str], part_rows: int | None = None
 ) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ Shapes: B rows, L tokens of a row (P prompt and T reply in stage 3), H hidden wi
 """
 
 import copy
+import math
 import resource
 import sys
 import warnings
@@ -41,6 +42,7 @@ from utils.adapters import (
     new_lora_config,
     new_reward_model,
     part_size,
+    sft_part_size,
 )
 from utils.arguments import InputError, LoraArguments, ModelArguments, one_line, say
 from utils.rollout import is_plain, logit_rows, pass_limits, vocabulary_tiles
@@ -302,21 +304,26 @@ def sft_logit_bytes(base: PreTrainedModel, tokens: int, args: TrainingArguments,
 def sft_plan(
     model_args: ModelArguments, lora: LoraArguments, args: TrainingArguments, dtype: torch.dtype, evaluates: bool
 ) -> Plan:
-    """Stage 1: `per_device_train_batch_size` rows of `max_length` tokens through the policy at once; the loss is TRL's."""
+    """Stage 1: `per_device_train_batch_size` rows of `max_length` tokens, which go through the model in parts; TRL's loss.
+
+    What the parts keep adds up, and the loss needs more beside it for one part only.  An evaluation has a single part.
+    """
     base, sizes = _empty(model_args, dtype)
     enable_jobs(base)
     model = get_peft_model(base, new_lora_config(lora, base, "CAUSAL_LM"))
-    kinds = [("training", args.per_device_train_batch_size, True)]
+    rows = args.per_device_train_batch_size
+    kinds = [("training", rows, min(rows, sft_part_size(rows, args.device)), True)]
     if evaluates:
-        kinds.append(("evaluation", args.per_device_eval_batch_size, False))
+        kinds.append(("evaluation", args.per_device_eval_batch_size, args.per_device_eval_batch_size, False))
     phases = {}
-    for what, rows, training in kinds:
-        passes = dry_run(model, rows, args.max_length, args, training)
-        logits = sft_logit_bytes(base, rows * (args.max_length - 1), args, training)
-        phases[f"{what}, forward"] = {"activations": passes.forward}
-        phases[f"{what}, loss"] = {"activations": passes.kept, "logits": logits}
+    for what, rows, part, training in kinds:
+        passes = dry_run(model, part, args.max_length, args, training)
+        others = passes.kept * (math.ceil(rows / part) - 1)
+        logits = sft_logit_bytes(base, part * (args.max_length - 1), args, training)
+        phases[f"{what}, forward"] = {"activations": others + passes.forward}
+        phases[f"{what}, loss"] = {"activations": others + passes.kept, "logits": logits}
         if training:
-            phases[f"{what}, backward"] = {"activations": passes.backward}
+            phases[f"{what}, backward"] = {"activations": others + passes.backward}
     return _plan(model, sizes, args, phases)
 
 
