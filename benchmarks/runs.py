@@ -84,6 +84,7 @@ def in_parallel(work: Callable[[Any], None], tasks: Sequence[Any], jobs: int) ->
 
 def judge_adapters(folder: Path, reward: str, adapters: dict[str, Path]) -> list[Row]:
     """Gold, score and length of base, SFT and the adapters on the world's held-out prompts."""
+    torch.set_num_threads(1)  # the demo's model is so small that threads cost more than they bring: ten times as long
     model_args = ModelArguments(f"{folder}/world/base")
     tokenizer = load_tokenizer(model_args)
     saved = {
