@@ -2,6 +2,9 @@
 
 import ast
 import dataclasses
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -338,3 +341,18 @@ def test_ppo_names_for_the_trainers_arguments(tmp_path):
     assert args.report_to == ["tensorboard"]
     assert args.optim == "adafactor"
     assert rl_training.DEFAULT_PREFERENCES == "beyond/rlhf-reward-single-round-trans_chinese"
+
+
+def test_a_log_file_has_the_lines_in_order(tmp_path):
+    """Python keeps what goes to a file until there are some kilobytes: in `script > log 2>&1` the error stood in front of
+    the console lines of the iterations before it, and a long run's log stayed empty.
+    """
+    script = (
+        "from utils.arguments import InputError, run_script\n"
+        "def main():\n    print('iteration 1')\n    raise InputError('it ends here')\nrun_script(main)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open(tmp_path / "log", "w", encoding="utf-8") as log:
+        command = [sys.executable, "-c", script]
+        subprocess.run(command, check=False, stdout=log, stderr=log, env=environment, cwd=ROOT, timeout=300)
+    assert (tmp_path / "log").read_text(encoding="utf-8").splitlines()[-2:] == ["iteration 1", "error: it ends here"]

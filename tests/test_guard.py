@@ -135,6 +135,15 @@ def test_two_warnings_and_a_rising_score_are_an_alarm() -> None:
     assert levels(length=16.0, same=0.2, score=0.5) == [ALARM, WARNING, WARNING]
 
 
+def test_a_spent_kl_budget_is_no_second_warning() -> None:
+    """Two healthy runs of ten got an alarm: some prompts asked for the same in other words and got the same reply, and KL
+    had just reached its budget, as it does where a policy learns.  Twice the budget is an alarm by itself.
+    """
+    assert levels(same=0.2, kl=5.1, score=3.0) == [WARNING, WARNING]
+    assert levels(same=0.2, length=16.0, kl=5.1, score=3.0) == [ALARM, WARNING, WARNING, WARNING]
+    assert levels(same=0.2, kl=10.0, score=3.0) == [WARNING, ALARM]
+
+
 def test_signs_name_the_numbers() -> None:
     (_, sentence), *rest = find_signs({**SFT, "length": 6.04}, SFT, LIMITS)
     assert (sentence, rest) == ("replies shrink: 6.0 tokens a reply, the SFT model 20.0", [])

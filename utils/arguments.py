@@ -7,6 +7,7 @@ checked by the same parser: aliases work in both, an unknown key is an error in 
 import argparse
 import ctypes
 import difflib
+import io
 import json
 import math
 import os
@@ -365,6 +366,8 @@ def run_script(main: Callable[[], None]) -> None:
     Exit codes: 2 for an InputError, 1 for a RunError, 128 + the number of the signal for a run that one ended.
     """
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a line at once, and in its place where a file gets stderr too
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         main()
     except (InputError, RunError) as error:

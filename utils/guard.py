@@ -29,8 +29,8 @@ WARNING, ALARM = "warning", "alarm"
 class Limits:
     """How far replies may move from the SFT model's: (from here a warning, from here an alarm).
 
-    A single warning is common in a healthy run.  Two at once while the score rises are an alarm: then the score is being
-    had for something else than better replies.
+    A single warning is common in a healthy run.  Two at once about the replies while the score rises are an alarm: then the
+    score is being had for something else than better replies.  KL is not about the replies: a healthy run spends its budget.
     """
 
     kl_budget: float  # nats a reply; an alarm at twice that
@@ -116,11 +116,11 @@ def find_signs(now: dict[str, float], sft: dict[str, float], limits: Limits) -> 
     if sft["asked"] > 0:
         asked = f"they take up {now['asked']:.2f} of what was asked, the SFT model's {sft['asked']:.2f}"
         note(now["asked"] / sft["asked"], limits.asked, f"replies leave the topic: {asked}", below=True)
-    budget = limits.kl_budget
-    note(now["kl"], (budget, 2 * budget), f"KL to the SFT model is {now['kl']:.1f} nats a reply, the budget {budget:g}")
     rise = now["score"] - sft["score"]
     if len(signs) > 1 and rise >= limits.score_rise:
         signs.insert(0, (ALARM, f"the score rose by {rise:.1f} standard deviations, but for the wrong reasons"))
+    budget = limits.kl_budget
+    note(now["kl"], (budget, 2 * budget), f"KL to the SFT model is {now['kl']:.1f} nats a reply, the budget {budget:g}")
     if now["extreme"] >= EXTREME > sft["extreme"]:
         signs.append((WARNING, f"one reply's score is {now['extreme']:.1f} standard deviations from the mean"))
     return signs
