@@ -1,7 +1,7 @@
 """Which broken replies a reward model sees through, with and without having been taught them, in the demo's world.
 
     python -m benchmarks.probes --output_dir probes --seeds 0
-    python -m benchmarks.probes --output_dir repeated --seeds 0 1 2 3 4 --left_out repeated
+    python -m benchmarks.probes --output_dir repeated --seeds 0 1 2 3 --left_out repeated
 
 For each seed: a reward model without broken replies, one with all kinds of configs/reward_demo.yaml, and for each kind one
 that was taught all the others (--left_out: for these kinds only).  Writes probes.md; work that is already in --output_dir is
