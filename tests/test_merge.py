@@ -287,7 +287,7 @@ def test_a_merged_model_is_another_base_than_the_one_it_was_made_from(stages, tm
     assert not (tmp_path / "twice").exists()
 
 
-def test_a_base_of_its_own_fingerprint_may_lie_anywhere_and_have_any_type(stages, tmp_path):
+def test_folder_and_float_type_do_not_change_the_fingerprint(stages, tmp_path):
     first = base_fingerprint(load_plain(stages.base))
     moved = shutil.copytree(stages.base, tmp_path / "moved")
     for dtype in (torch.float32, torch.bfloat16):

@@ -41,10 +41,17 @@ KINDS = (
 )
 # Kinds that are worse than whatever reply they were made from.
 OF_ANY_REPLY = tuple(kind for kind in KINDS if kind not in ("off_topic", "stock", "wrong_language"))
-# Kinds that get three times as many training pairs, as they are harder to learn: for two the prompt has to be read, and the
+# Training pairs of a kind, others have 1: the harder ones to learn have more. For two the prompt has to be read, and the
 # others hold good words or whole good sentences, in very many ways.
-HARD = ("cut_50", "repeated", "sentence_loop", "token_loop", "shuffled", "off_topic", "wrong_language")
-TRAIN_WEIGHT = dict.fromkeys(HARD, 3)
+TRAIN_WEIGHT = {
+    "cut_50": 3,
+    "repeated": 3,
+    "sentence_loop": 3,
+    "token_loop": 3,
+    "shuffled": 3,
+    "off_topic": 3,
+    "wrong_language": 3,
+}
 SHORTEST_CUT = 6  # tokens: shorter replies are neither cut nor made tiny
 SHORTEST_SHUFFLE = 5  # words
 DONORS = 8  # replies looked at for one that has as little to do with the prompt as possible
