@@ -196,7 +196,11 @@ class PPOArguments(SteadyArguments, TrainingArguments):
         metadata={"help": "Held-out prompts for that; without held-out rows at most a tenth of the prompts."},
     )
     guard_patience: int = field(
-        default=2, metadata={"help": "So many iterations with an alarm, out of one more, end the run."}
+        default=2,
+        metadata={
+            "help": "So many iterations with an alarm, out of one more, end the run.  Over --kl_budget one alarm about the "
+            "replies is enough: nothing from there can become best/."
+        },
     )
     kl_budget: float = field(default=10.0, metadata={"help": "Highest KL of best/ to the SFT model, in nats a reply."})
     gold_function: str | None = field(

@@ -180,6 +180,34 @@ def test_a_collapse_is_certain_after_two_alarms_in_three_iterations() -> None:
     assert guard.verdict == "iteration 4, rollouts: replies shrink: 5.0 tokens a reply, the SFT model 20.0"
 
 
+def test_over_the_kl_budget_one_alarm_about_the_replies_is_enough() -> None:
+    """Waiting for a second one let a run's gold fall below the SFT model's, and no policy from there can become best/."""
+    guard = watched()
+    look(guard, 1)
+    look(guard, 2, length=5.0, kl=4.9)
+    assert guard.verdict is None
+    guard = watched()
+    look(guard, 1)
+    look(guard, 2, length=16.0, kl=5.0)  # a warning about the replies
+    look(guard, 3, kl=11.0)  # an alarm that is not about the replies
+    assert guard.verdict is None
+    guard = watched()
+    look(guard, 1)
+    look(guard, 2, length=5.0, kl=5.0)
+    words = (
+        "replies shrink: 5.0 tokens a reply, the SFT model 20.0; KL to the SFT model is 5.0 nats a reply, the budget 5"
+    )
+    assert guard.verdict == f"iteration 2, rollouts: {words}"
+
+
+def test_reply_alarm_and_kl_of_different_sources_are_no_certainty() -> None:
+    """Held-out prompts and rollouts have KL of their own: only the replies that are far away themselves are lost."""
+    guard = watched()
+    guard.check(1, {"rollouts": SFT})
+    guard.check(2, {"rollouts": {**SFT, "length": 5.0}, "held-out": {**SFT, "kl": 6.0}})
+    assert guard.verdict is None
+
+
 def test_alarms_far_apart_are_no_collapse() -> None:
     guard = watched()
     look(guard, 1)

@@ -94,6 +94,17 @@ def find_signs(now: dict[str, float], sft: dict[str, float], limits: Limits) -> 
 
     now, sft: `measure_replies` and kl (nats a reply), score (normalised mean), extreme (largest |normalised score|).
     """
+    signs, budget = find_reply_signs(now, sft, limits), limits.kl_budget
+    if now["kl"] >= budget:
+        sentence = f"KL to the SFT model is {now['kl']:.1f} nats a reply, the budget {budget:g}"
+        signs.append((ALARM if now["kl"] >= 2 * budget else WARNING, sentence))
+    if now["extreme"] >= EXTREME > sft["extreme"]:
+        signs.append((WARNING, f"one reply's score is {now['extreme']:.1f} standard deviations from the mean"))
+    return signs
+
+
+def find_reply_signs(now: dict[str, float], sft: dict[str, float], limits: Limits) -> list[tuple[str, str]]:
+    """Those of `find_signs` that are about the replies themselves."""
     signs = []
 
     def note(value: float, thresholds: tuple[float, float], sentence: str, below: bool = False) -> None:
@@ -119,10 +130,6 @@ def find_signs(now: dict[str, float], sft: dict[str, float], limits: Limits) -> 
     rise = now["score"] - sft["score"]
     if len(signs) > 1 and rise >= limits.score_rise:
         signs.insert(0, (ALARM, f"the score rose by {rise:.1f} standard deviations, but for the wrong reasons"))
-    budget = limits.kl_budget
-    note(now["kl"], (budget, 2 * budget), f"KL to the SFT model is {now['kl']:.1f} nats a reply, the budget {budget:g}")
-    if now["extreme"] >= EXTREME > sft["extreme"]:
-        signs.append((WARNING, f"one reply's score is {now['extreme']:.1f} standard deviations from the mean"))
     return signs
 
 
@@ -131,7 +138,7 @@ class Guard:
     """The state of the watch over one run; `state` and `restore` carry it through a checkpoint."""
 
     limits: Limits
-    patience: int  # a collapse is certain after so many iterations with an alarm, among one more
+    patience: int  # so many iterations with an alarm, among one more, make a collapse certain
     baselines: dict[str, dict[str, float]] = field(
         default_factory=dict
     )  # source of replies -> the SFT model's measures
@@ -143,15 +150,19 @@ class Guard:
     def check(self, iteration: int, measures: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
         """Look at an iteration's measures by source ("rollouts", "held-out"); a source's first ones are the SFT model's.
 
-        Returns the signs.  Sets `verdict` and `collapse_at` after `patience` iterations with an alarm out of one more.
+        Returns the signs.  Sets `verdict` and `collapse_at` after `patience` iterations with an alarm out of one more, and
+        at once where the alarm is about the replies and KL is over its budget: nothing out there can become best/, so
+        there is nothing to wait for.
         """
-        found = {}
+        found, lost = {}, False
         for source, now in measures.items():
             sft = self.baselines.setdefault(source, now)
             found[source] = find_signs(now, sft, self.limits)
+            alarmed = any(level == ALARM for level, _ in find_reply_signs(now, sft, self.limits))
+            lost |= alarmed and now["kl"] >= self.limits.kl_budget
         alarmed = {source: signs for source, signs in found.items() if any(level == ALARM for level, _ in signs)}
         self.alarms = [when for when in self.alarms if when >= iteration - self.patience] + [iteration] * bool(alarmed)
-        if alarmed and len(self.alarms) >= self.patience and self.verdict is None:
+        if alarmed and (lost or len(self.alarms) >= self.patience) and self.verdict is None:
             self.collapse_at = iteration
             parts = [f"{source}: " + "; ".join(sentence for _, sentence in signs) for source, signs in alarmed.items()]
             self.verdict = f"iteration {iteration}, " + ". ".join(parts)
