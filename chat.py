@@ -17,7 +17,7 @@ from utils.adapters import load_base, load_tokenizer
 from utils.answers import (
     AnswerArguments,
     Talkers,
-    answer_sampling,
+    answer_samplings,
     check_lineup,
     choose_device,
     load_side_by_side,
@@ -180,7 +180,7 @@ def main() -> None:
     # ---- Tokenizer ----
     tokenizer = load_tokenizer(args)
     check_template(lineup.template, tokenizer)
-    sampling = answer_sampling(tokenizer, args.output_max_length, args.temperature)
+    samplings = answer_samplings(lineup.adapters, tokenizer, args.output_max_length, args.temperature)
 
     # ---- Model ----
     base = load_base(args, dtype)
@@ -189,7 +189,7 @@ def main() -> None:
     model, active = load_side_by_side(base.to(device), lineup.adapters, lineup.reward)
 
     # ---- Chat ----
-    talkers = Talkers(model, tokenizer, lineup.template, sampling, longest, active, args.seed)
+    talkers = Talkers(model, tokenizer, lineup.template, samplings, longest, active, args.seed)
     if args.web:
         serve(talkers, args.model_name_or_path, args.port)
     else:

@@ -22,7 +22,7 @@ from utils.answers import (
     AnswerArguments,
     Reply,
     answer,
-    answer_sampling,
+    answer_samplings,
     check_lineup,
     choose_device,
     load_side_by_side,
@@ -236,7 +236,7 @@ def main() -> None:
     # ---- Tokenizer and data ----
     tokenizer = load_tokenizer(args)
     check_template(lineup.template, tokenizer)
-    sampling = answer_sampling(tokenizer, args.output_max_length, args.temperature)
+    samplings = answer_samplings(lineup.adapters, tokenizer, args.output_max_length, args.temperature)
     rows = read_prompts(args.prompts)
 
     # ---- Model ----
@@ -254,7 +254,7 @@ def main() -> None:
     models = []
     with tqdm(total=len(prompts) * len(active), desc="replies", unit="reply") as bar:
         for title, used in active.items():
-            replies = answer(model, used, queries, seeds, tokenizer, sampling, args.batch_size, bar.update)
+            replies = answer(model, used, queries, seeds, tokenizer, samplings[title], args.batch_size, bar.update)
             models.append(Answers(title, replies))
 
     # ---- Save ----

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from utils import ppo
@@ -89,6 +89,7 @@ from utils.rollout import (
     Sampling,
     check_output_logits,
     draw_replies,
+    first_token_ban,
     make_batch,
     pass_limits,
     reply_job,
@@ -934,20 +935,6 @@ def split_guard_prompts(rows: Dataset, count: int, needed: int) -> tuple[Dataset
         return rows, rows.select(held_out)
     kept = [i for i in range(len(rows)) if i % step]
     return rows.select(kept), rows.select(held_out)
-
-
-def first_token_ban(words: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that --begin_suppress_tokens names; "eos" is EOS and padding, which would both make an empty reply."""
-    if words == "none":
-        return ()
-    if words == "eos":
-        return tuple(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
-    ids = [word.strip() for word in words.split(",")]
-    if not all(word.isdigit() and int(word) < len(tokenizer) for word in ids):
-        raise InputError(
-            f"--begin_suppress_tokens {words}: give eos, none, or token ids below {len(tokenizer)} joined by commas"
-        )
-    return tuple(map(int, ids))
 
 
 def longest_prompt(args: PPOArguments) -> int:

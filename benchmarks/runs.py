@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from demo.table import Row, judge
 from utils.adapters import load_base, load_tokenizer, read_adapter
-from utils.answers import load_side_by_side
+from utils.answers import answer_samplings, load_side_by_side
 from utils.arguments import ModelArguments
 from utils.report import read_jsonl
 
+OUTPUT_MAX_LENGTH = 48  # tokens, as in configs/ppo_demo.yaml
 # A process of its own on a core of its own, which asks nobody anything.
 ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -83,7 +84,10 @@ def in_parallel(work: Callable[[Any], None], tasks: Sequence[Any], jobs: int) ->
 
 
 def judge_adapters(folder: Path, reward: str, adapters: dict[str, Path]) -> list[Row]:
-    """Gold, score and length of base, SFT and the adapters on the world's held-out prompts."""
+    """Gold, score and length of base, SFT and the adapters on the world's held-out prompts.
+
+    Each is sampled as its PPO run did: a policy that learned to say nothing looks better where it has to say something.
+    """
     torch.set_num_threads(1)  # the demo's model is so small that threads cost more than they bring: ten times as long
     model_args = ModelArguments(f"{folder}/world/base")
     tokenizer = load_tokenizer(model_args)
@@ -93,5 +97,8 @@ def judge_adapters(folder: Path, reward: str, adapters: dict[str, Path]) -> list
     reward_adapter = read_adapter(str(folder / reward), "--output_dir")
     model, models = load_side_by_side(load_base(model_args, torch.float32), saved, reward_adapter)
     prompts = [row["prompt"] for row in read_jsonl(f"{folder}/world/heldout_prompts.jsonl")]
-    settings = {"output_max_length": 48, "prompt_template": model_args.prompt_template}
-    return [judge(model, name, active, prompts, tokenizer, settings) for name, active in models.items()]
+    samplings = answer_samplings(saved, tokenizer, OUTPUT_MAX_LENGTH)
+    return [
+        judge(model, name, active, prompts, tokenizer, model_args.prompt_template, samplings[name])
+        for name, active in models.items()
+    ]

@@ -19,10 +19,11 @@ from peft import PeftModel
 
 from demo.gold import gold_score
 from utils.adapters import load_base, load_tokenizer, read_adapter
-from utils.answers import answer, answer_sampling, load_side_by_side
+from utils.answers import answer, answer_samplings, load_side_by_side
 from utils.arguments import InputError, ModelArguments, run_script
 from utils.data import encode_prompt
 from utils.report import read_jsonl, write_json, write_report
+from utils.rollout import Sampling
 
 BATCH = 64
 SHOWN = 3  # prompts whose replies are printed
@@ -44,10 +45,11 @@ class Row(NamedTuple):
     replies: list[str]
 
 
-def judge(model: PeftModel, name: str, adapters: list[str], prompts: list[str], tokenizer, settings: dict) -> Row:
+def judge(
+    model: PeftModel, name: str, adapters: list[str], prompts: list[str], tokenizer, template: str, sampling: Sampling
+) -> Row:
     """Let the model with `adapters` reply to every prompt, the seed of a reply being its prompt's number."""
-    queries = [encode_prompt(prompt, settings["prompt_template"], tokenizer) for prompt in prompts]
-    sampling = answer_sampling(tokenizer, settings["output_max_length"])
+    queries = [encode_prompt(prompt, template, tokenizer) for prompt in prompts]
     replies = answer(model, adapters, queries, range(len(prompts)), tokenizer, sampling, BATCH)
     texts = [reply.text for reply in replies]
     return Row(
@@ -110,7 +112,11 @@ def main() -> None:
 
     # ---- Replies ----
     prompts = [row["prompt"] for row in read_jsonl(str(folder / "world" / "heldout_prompts.jsonl"))]
-    rows = [judge(model, name, active, prompts, tokenizer, settings) for name, active in models.items()]
+    samplings = answer_samplings(adapters, tokenizer, settings["output_max_length"])
+    rows = [
+        judge(model, name, active, prompts, tokenizer, model_args.prompt_template, samplings[name])
+        for name, active in models.items()
+    ]
 
     # ---- Report ----
     table = as_markdown(rows, prompts, card["accuracy"])

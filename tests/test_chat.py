@@ -161,7 +161,7 @@ def session(lineup: Lineup, longest: int = 200) -> chat.Session:
     tokenizer = make_tokenizer()
     model = PeftModel.from_pretrained(load_with_jobs(lineup.base), lineup.sft)
     sampling = answer_sampling(tokenizer, LENGTH)
-    return chat.Session(Talkers(model, tokenizer, TEMPLATE, sampling, longest, {"base": []}, seed=0), "base")
+    return chat.Session(Talkers(model, tokenizer, TEMPLATE, {"base": sampling}, longest, {"base": []}, seed=0), "base")
 
 
 def test_the_oldest_turns_are_dropped(lineup: Lineup) -> None:
@@ -257,7 +257,8 @@ def test_a_reply_on_the_page_can_be_stopped(lineup: Lineup, monkeypatch: pytest.
         time.sleep(0.02)  # else the other thread is through before the first piece is read
 
     monkeypatch.setattr(web_chat.Stream, "put", slow)
-    talkers = replace(session(lineup).talkers, sampling=answer_sampling(make_tokenizer(), 200, temperature=3.0))
+    sampling = answer_sampling(make_tokenizer(), 200, temperature=3.0)
+    talkers = replace(session(lineup).talkers, samplings={"base": sampling})
     lock, columns = threading.Lock(), {"base": web_chat.Column()}
 
     def asked() -> Iterator[None]:

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,8 @@ from tests.conftest import make_tokenizer, save_base, write_rows
 from tests.helpers import load_with_jobs, save_sft
 from tests.lineup import TEMPLATE, Lineup, make_lineup, write_run
 from tests.pages import Page
-from utils.answers import Reply, agreed_template, answer_sampling, read_named_adapters, reply_seed
+from utils.adapters import read_adapter
+from utils.answers import Reply, agreed_template, answer_sampling, answer_samplings, read_named_adapters, reply_seed
 from utils.arguments import InputError, run_script
 from utils.data import encode_prompt
 from utils.rollout import sample_replies
@@ -75,6 +77,49 @@ def test_each_model_replies_as_it_does_alone(lineup: Lineup, outcome: tuple[Path
     assert len({row["response"] for row in rows if row["prompt"] == "dogs"}) == 3, (
         "adapters that do not act prove nothing"
     )
+
+
+def test_a_policy_that_may_say_nothing_is_free_to(
+    lineup: Lineup, outcome: tuple[Path, list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with --begin_suppress_tokens none ended with 80% empty replies in its own log and with none in a comparison,
+    which kept every model from an empty reply.  Here the run's first token can be nothing but EOS.
+    """
+    tokenizer = make_tokenizer()
+    free = Path(shutil.copytree(lineup.ppo, tmp_path / "free"))
+    run = json.loads((free / "run.json").read_text(encoding="utf-8"))
+    others = ",".join(str(token) for token in range(len(tokenizer)) if token != tokenizer.eos_token_id)
+    run["arguments"] = {"begin_suppress_tokens": others}
+    (free / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    rows = run_compare(monkeypatch, lineup._replace(ppo=str(free)), tmp_path / "out", "--prompts", prompts)
+    assert [(row["response"], row["length"]) for row in rows if row["model"] == "v1.5 (16)"] == [("", 1)] * len(PROMPTS)
+
+    def of_the_others(rows: list[dict]) -> list[str]:
+        return [row["response"] for row in rows if row["model"] != "v1.5 (16)"]
+
+    assert of_the_others(rows) == of_the_others(outcome[1])
+
+
+@pytest.mark.parametrize(
+    ("run", "banned"),
+    [
+        ({}, {0, 2}),
+        ({"arguments": "?"}, {0, 2}),
+        ({"arguments": {"learning_rate": 1e-5}}, {0, 2}),
+        ({"arguments": {"begin_suppress_tokens": "eos"}}, {0, 2}),
+        ({"arguments": {"begin_suppress_tokens": "none"}}, set()),
+        ({"arguments": {"begin_suppress_tokens": "7, 8"}}, {7, 8}),
+    ],
+)
+def test_first_tokens_as_the_run_had_them(lineup: Lineup, run: dict, banned: set[int]) -> None:
+    tokenizer = make_tokenizer()
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
+    samplings = answer_samplings({"PPO": replace(read_adapter(lineup.ppo, "--adapters"), run=run)}, tokenizer, 12)
+    assert {name: set(sampling.begin_suppress_tokens) for name, sampling in samplings.items()} == {
+        "base": {0, 2},
+        "PPO": banned,
+    }
 
 
 def test_temperature_0_takes_the_likeliest_token(lineup: Lineup, tmp_path: Path, monkeypatch) -> None:

@@ -24,7 +24,7 @@ from utils.adapters import (
 )
 from utils.arguments import DEFAULT_TEMPLATE, InputError, ModelArguments
 from utils.data import Message, encode_prompt
-from utils.rollout import Sampling, make_batch, sample_replies
+from utils.rollout import Sampling, first_token_ban, make_batch, sample_replies
 
 BARE_BASE = "base"  # what the base without an adapter is called
 
@@ -157,10 +157,12 @@ def choose_device(args: ModelArguments) -> tuple[str, torch.dtype]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def answer_sampling(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float = 1.0) -> Sampling:
+def answer_sampling(
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float = 1.0, first_tokens: str = "eos"
+) -> Sampling:
     """The distribution that PPO trains by default: all of it, no EOS or padding as a first token.
 
-    At temperature 0 its likeliest token, always.
+    At temperature 0 its likeliest token, always.  first_tokens: --begin_suppress_tokens of a PPO run that had others.
     """
     return Sampling(
         eos_token_id=tokenizer.eos_token_id,
@@ -168,8 +170,28 @@ def answer_sampling(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, tem
         max_new_tokens=max_new_tokens,
         temperature=temperature or 1.0,
         greedy=temperature == 0,
-        begin_suppress_tokens=(tokenizer.eos_token_id, tokenizer.pad_token_id),
+        begin_suppress_tokens=first_token_ban(first_tokens, tokenizer),
     )
+
+
+def answer_samplings(
+    adapters: Mapping[str, SavedAdapter],
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+) -> dict[str, Sampling]:
+    """`answer_sampling` for the bare base and each adapter, with the --begin_suppress_tokens of the run that made it.
+
+    A policy that PPO taught to say nothing has to be free to do so, or it looks better than it is.
+    """
+    first_tokens = {BARE_BASE: "eos"}
+    for title, adapter in adapters.items():
+        arguments = adapter.run.get("arguments")
+        known = arguments.get("begin_suppress_tokens") if isinstance(arguments, dict) else None
+        first_tokens[title] = "eos" if known is None else str(known)
+    return {
+        title: answer_sampling(tokenizer, max_new_tokens, temperature, words) for title, words in first_tokens.items()
+    }
 
 
 def longest_query(base: PreTrainedModel, output_max_length: int) -> int:
@@ -241,7 +263,7 @@ class Talkers:
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     template: str
-    sampling: Sampling
+    samplings: dict[str, Sampling]
     longest: int  # tokens of a dialogue
     adapters: dict[str, list[str]]  # name -> adapters that act under it
     seed: int
@@ -265,7 +287,7 @@ class Talkers:
         """One reply of the model `name`, EOS included; asked: number of the question, so that one asked twice gets two."""
         with use_adapter(self.model, *self.adapters[name]):
             seed = reply_seed(self.seed, f"{asked} {question}")
-            return sample_replies(self.model, [query], [seed], self.sampling, streamer)[0]
+            return sample_replies(self.model, [query], [seed], self.samplings[name], streamer)[0]
 
     @property
     def can_score(self) -> bool:

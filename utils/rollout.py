@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from utils.adapters import Job
@@ -56,6 +56,20 @@ class Sampling:
                 f"--temperature {self.temperature}, --repetition_penalty {self.repetition_penalty} and "
                 f"--output_max_length {self.max_new_tokens} have to be above 0"
             )
+
+
+def first_token_ban(words: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that --begin_suppress_tokens names; "eos" is EOS and padding, which would both make an empty reply."""
+    if words == "none":
+        return ()
+    if words == "eos":
+        return tuple(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
+    ids = [word.strip() for word in words.split(",")]
+    if not all(word.isdigit() and int(word) < len(tokenizer) for word in ids):
+        raise InputError(
+            f"--begin_suppress_tokens {words}: give eos, none, or token ids below {len(tokenizer)} joined by commas"
+        )
+    return tuple(map(int, ids))
 
 
 class Batch(NamedTuple):
