@@ -158,8 +158,8 @@ class Guard:
         for source, now in measures.items():
             sft = self.baselines.setdefault(source, now)
             found[source] = find_signs(now, sft, self.limits)
-            alarmed = any(level == ALARM for level, _ in find_reply_signs(now, sft, self.limits))
-            lost |= alarmed and now["kl"] >= self.limits.kl_budget
+            if now["kl"] >= self.limits.kl_budget:
+                lost |= any(level == ALARM for level, _ in find_reply_signs(now, sft, self.limits))
         alarmed = {source: signs for source, signs in found.items() if any(level == ALARM for level, _ in signs)}
         self.alarms = [when for when in self.alarms if when >= iteration - self.patience] + [iteration] * bool(alarmed)
         if alarmed and (lost or len(self.alarms) >= self.patience) and self.verdict is None:
