@@ -552,6 +552,8 @@ CASES = [  # name, script, changes, message (paths and regular expression)
     wrong_value("reward", "exempt_probes", "cut", r"--exempt_probes: 'cut' is no kind"),
     wrong_value("ppo", "begin_suppress_tokens", "2,x", r"--begin_suppress_tokens 2,x: give eos, none"),
     wrong_value("ppo", "begin_suppress_tokens", "320", r"token ids below 320"),
+    # a digit to Python, and no number: it ended in a traceback
+    wrong_value("ppo", "begin_suppress_tokens", "2,²", r"--begin_suppress_tokens 2,²: give eos, none"),
     wrong_value("sft", "prompt_template", "Q: A:", r"needs {prompt} in it once, found 'Q: A:'; write for example"),
     wrong_value("sft", "prompt_template", "{prompt} {prompt}", r"needs {prompt} in it once, found "),
     wrong_value("reward", "prompt_template", "chat", r"this tokenizer has no chat template; give one with {prompt}"),

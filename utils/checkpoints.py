@@ -109,7 +109,7 @@ def _stage_of(output: Path) -> str | None:
 
 def _checkpoint_number(folder: Path) -> int:
     number = folder.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
+    return int(number) if number.isdecimal() else -1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

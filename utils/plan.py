@@ -445,7 +445,7 @@ def available_bytes(device: torch.device) -> int | None:
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),  # version 2, and 1
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
-        if Path(limit).exists() and Path(limit).read_text().strip().isdigit():
+        if Path(limit).exists() and Path(limit).read_text().strip().isdecimal():
             free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
     return max(0, min(free)) + resident_bytes()
 

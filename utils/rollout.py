@@ -65,7 +65,7 @@ def first_token_ban(words: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int
     if words == "eos":
         return tuple(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
     ids = [word.strip() for word in words.split(",")]
-    if not all(word.isdigit() and int(word) < len(tokenizer) for word in ids):
+    if not all(word.isdecimal() and int(word) < len(tokenizer) for word in ids):
         raise InputError(
             f"--begin_suppress_tokens {words}: give eos, none, or token ids below {len(tokenizer)} joined by commas"
         )
