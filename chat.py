@@ -14,7 +14,7 @@ from typing import NamedTuple
 from transformers import TextStreamer
 
 from utils.adapters import load_base, load_tokenizer
-from utils.answers import (
+from inference.side_by_side import (
     AnswerArguments,
     Talkers,
     answer_samplings,
@@ -26,7 +26,7 @@ from utils.answers import (
 )
 from utils.arguments import InputError, parse_arguments, printable, run_script, say
 from utils.data import Message, check_template
-from utils.web_chat import check_gradio, serve
+from inference.web_chat import check_gradio, serve
 
 with contextlib.suppress(ImportError):  # not every Python has it
     import readline  # noqa: F401  arrow keys and history in input()

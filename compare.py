@@ -18,7 +18,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from utils.adapters import load_base, load_tokenizer
-from utils.answers import (
+from inference.side_by_side import (
     AnswerArguments,
     Reply,
     answer,
@@ -32,8 +32,8 @@ from utils.answers import (
 )
 from utils.arguments import InputError, check_new_folder, parse_arguments, run_script, say
 from utils.data import FILE_FORMATS, check_template, read_dataset, tokenize_prompts
-from utils.page import html_page, markdown_cell, markdown_table, write_page
-from utils.report import append_jsonl
+from reporting.html import html_page, markdown_cell, markdown_table, write_page
+from runs.run_files import append_jsonl
 from utils.statistics import wilson_interval
 
 DEFAULT_PROMPTS = (

@@ -50,7 +50,7 @@ from utils.arguments import (
     say,
 )
 from utils.data import pad_right
-from utils.report import folder_when_done, run_record, write_json
+from runs.run_files import folder_when_done, run_record, write_json
 
 # Texts on which the saved model is compared with base + adapter: of different lengths, so that a batch has padding.
 PROBES = (

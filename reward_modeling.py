@@ -8,7 +8,7 @@ scores around 0 (Eisenstein et al. 2023, eq. 2).  The score is read at the last 
 that token is EOS unless the pair was cut.
 
 People's pairs hold no empty, cut or looping replies, so a model of them alone may think well of those, and PPO finds out.
-So a share of the training pairs (--degenerate_ratio) has a broken reply in the rejected place (utils/degenerate.py), and
+So a share of the training pairs (--degenerate_ratio) has a broken reply in the rejected place (rewards/broken_replies.py), and
 the finished model is probed with broken replies to held-out prompts.  What comes out is reward_card.json: stage 3 takes
 the mean and the standard deviation of the scores from it, and refuses a model that did not pass.
 """
@@ -44,7 +44,7 @@ from utils.adapters import (
     read_adapter,
     saved_key,
 )
-from utils.answers import answer, answer_sampling
+from inference.side_by_side import answer, answer_sampling
 from utils.arguments import (
     DEFAULT_PREFERENCES,
     DataArguments,
@@ -62,13 +62,13 @@ from utils.arguments import (
     say,
     set_up_ddp,
 )
-from utils.checkpoints import resume_path
+from runs.checkpoints import resume_path
 from utils.data import check_template, pad_right, tokenize_preferences, train_and_eval_rows
-from utils.degenerate import KINDS, TRAIN_WEIGHT, broken_pairs
+from rewards.broken_replies import KINDS, TRAIN_WEIGHT, broken_pairs
 from utils.launch import relaunch_on_all_gpus
-from utils.plan import announce, reward_plan
-from utils.report import RunFiles, run_record
-from utils.reward_card import (
+from runs.memory_plan import announce, reward_plan
+from runs.run_files import RunFiles, run_record
+from rewards.reward_card import (
     accuracy,
     card_table,
     in_short,
@@ -79,8 +79,8 @@ from utils.reward_card import (
 )
 from utils.sharding import check_state_dict, is_sharded, whole_parameters
 from utils.statistics import wilson_interval
-from utils.steady import SteadyArguments, SteadyTrainer
-from utils.trackers import check_trackers, show_card
+from runs.trainer import SteadyArguments, SteadyTrainer
+from reporting.trackers import check_trackers, show_card
 
 
 @dataclass
@@ -235,7 +235,7 @@ class RewardTrainer(SteadyTrainer):
     def collate(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Rows of `tokenize_preferences` -> ids and mask [2B, L], chosen first; lengths [B, 2]; margins and broken [B].
 
-        lengths are of the replies; broken: whether the rejected reply was made by utils/degenerate.py.
+        lengths are of the replies; broken: whether the rejected reply was made by rewards/broken_replies.py.
         """
         sequences = [pair["chosen_ids"] for pair in pairs] + [pair["rejected_ids"] for pair in pairs]
         ids, mask = pad_right(sequences, self.processing_class.pad_token_id)

@@ -13,7 +13,7 @@ make `ppo_epochs` passes over the batch.  So checkpoints, logs, the learning rat
 a run that is resumed starts at the edge of an iteration.  Everything random in an iteration is drawn from the seed, the
 iteration and the row alone, which makes a resumed run, and one on more processes, give the same numbers.
 
-A guard (utils/guard.py) measures every batch of replies against the SFT model's own, and now and then replies to held-out
+A guard (rewards/guard.py) measures every batch of replies against the SFT model's own, and now and then replies to held-out
 prompts.  best/ holds the policy with the highest held-out score within the KL budget and without any sign of a collapse;
 when a collapse is certain the run stops, says why, and goes back to best/.  A reward adapter that did not pass its card is
 refused at the start.
@@ -75,16 +75,16 @@ from utils.arguments import (
     say,
     set_up_ddp,
 )
-from utils.checkpoints import resume_path, saving
+from runs.checkpoints import resume_path, saving
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
-from utils.degenerate import find_broken
-from utils.gold import Gold, load_gold, try_gold
-from utils.guard import ALARM, Guard, Limits, floor_scores, measure_replies
+from rewards.broken_replies import find_broken
+from rewards.gold_function import Gold, load_gold, try_gold
+from rewards.guard import ALARM, Guard, Limits, floor_scores, measure_replies
 from utils.launch import relaunch_on_all_gpus
-from utils.plan import announce, ppo_plan
-from utils.report import IterationLines, RunFiles, append_jsonl, draw_curves, run_record, write_json
-from utils.reward_card import in_short, read_card
-from utils.rollout import (
+from runs.memory_plan import announce, ppo_plan
+from runs.run_files import IterationLines, RunFiles, append_jsonl, draw_curves, run_record, write_json
+from rewards.reward_card import in_short, read_card
+from rollout.sampler import (
     Batch,
     Sampling,
     check_output_logits,
@@ -97,8 +97,8 @@ from utils.rollout import (
     value_job,
 )
 from utils.sharding import whole_parameters
-from utils.steady import SteadyArguments, SteadyTrainer
-from utils.trackers import check_trackers, use_grouped_names
+from runs.trainer import SteadyArguments, SteadyTrainer
+from reporting.trackers import check_trackers, use_grouped_names
 
 STATE_FILE = "ppo_state.json"
 BEST = "best"

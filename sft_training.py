@@ -32,14 +32,14 @@ from utils.arguments import (
     say,
     set_up_ddp,
 )
-from utils.checkpoints import resume_path
+from runs.checkpoints import resume_path
 from utils.data import check_template, tokenize_sft, train_and_eval_rows
 from utils.launch import relaunch_on_all_gpus
-from utils.plan import announce, sft_plan
-from utils.report import RunFiles, run_record
+from runs.memory_plan import announce, sft_plan
+from runs.run_files import RunFiles, run_record
 from utils.sharding import check_state_dict
-from utils.steady import SteadyArguments, SteadyTrainer
-from utils.trackers import check_trackers
+from runs.trainer import SteadyArguments, SteadyTrainer
+from reporting.trackers import check_trackers
 
 DEFAULT_DATASET = "Hello-SimpleAI/HC3-Chinese"  # the article's
 

@@ -27,7 +27,7 @@ from demo import world
 from demo.gold import gold_score
 from demo.table import Row
 from utils.arguments import run_script
-from utils.report import read_jsonl, write_json
+from runs.run_files import read_jsonl, write_json
 
 GUARD_PROMPTS = 64
 PLAIN, ROBUST = "reward_plain", "reward_robust"

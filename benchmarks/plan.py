@@ -29,7 +29,7 @@ import sft_training
 from benchmarks.runs import ALONE, write_rows
 from utils.adapters import load_base, new_lora_config, new_reward_model, read_adapter
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, PlanArguments, parse_arguments, run_script
-from utils.plan import Plan, gib, ppo_plan, reward_plan, sft_plan
+from runs.memory_plan import Plan, gib, ppo_plan, reward_plan, sft_plan
 
 RUN = ["--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no"]
 RUN += ["--prompt_template", "{prompt}"]

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from demo.table import Row, judge
 from utils.adapters import load_base, load_tokenizer, read_adapter
-from utils.answers import answer_samplings, load_side_by_side
+from inference.side_by_side import answer_samplings, load_side_by_side
 from utils.arguments import ModelArguments
-from utils.report import read_jsonl
+from runs.run_files import read_jsonl
 
 OUTPUT_MAX_LENGTH = 48  # tokens, as in configs/ppo_demo.yaml
 # A process of its own on a core of its own, which asks nobody anything.

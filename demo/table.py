@@ -19,11 +19,11 @@ from peft import PeftModel
 
 from demo.gold import gold_score
 from utils.adapters import load_base, load_tokenizer, read_adapter
-from utils.answers import answer, answer_samplings, load_side_by_side
+from inference.side_by_side import answer, answer_samplings, load_side_by_side
 from utils.arguments import InputError, ModelArguments, run_script
 from utils.data import encode_prompt
-from utils.report import read_jsonl, write_json, write_report
-from utils.rollout import Sampling
+from runs.run_files import read_jsonl, write_json, write_report
+from rollout.sampler import Sampling
 
 BATCH = 64
 SHOWN = 3  # prompts whose replies are printed
@@ -128,7 +128,7 @@ def main() -> None:
         f"\n{table}\nadapters: {folder}/sft, {folder}/reward, {folder}/ppo/best (and checkpoints by iteration beside it)"
     )
     print(f"metrics:  metrics.jsonl in each of them; pictures: {folder}/ppo/plots; merged model: {folder}/merged")
-    # here and not by `python -m utils.report`, which would import everything once more
+    # here and not by `python -m runs.run_files`, which would import everything once more
     write_report([str(folder / stage) for stage in ("sft", "reward", "ppo")], str(folder / "report.html"))
     if missed:
         print("the demo missed: " + "; ".join(missed), file=sys.stderr)

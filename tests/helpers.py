@@ -26,9 +26,9 @@ from tests.conftest import make_model, make_tokenizer
 from utils.adapters import assemble_ppo_model, enable_jobs, new_reward_model, read_adapter, start_critic
 from utils.arguments import LoraArguments
 from utils.data import tokenize_prompts
-from utils.gold import Gold
-from utils.report import RunFiles
-from utils.rollout import Sampling, first_token_ban
+from rewards.gold_function import Gold
+from runs.run_files import RunFiles
+from rollout.sampler import Sampling, first_token_ban
 
 PROMPTS = ["你好", "a", "What is the capital of France?", "火锅", "dogs", "the cat sat on the mat", "tea", "apple soup"]
 PROMPTS += ["苹果 香蕉", "rice?", "in the park, didn't it?", "熊猫 很可爱"]

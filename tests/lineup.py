@@ -11,9 +11,9 @@ from transformers import AutoModelForSequenceClassification
 from tests.conftest import make_tokenizer
 from tests.helpers import load_with_jobs, make_stages, save_lively_base, strengthen
 from utils.adapters import base_fingerprint
-from utils.answers import answer_sampling, reply_seed
+from inference.side_by_side import answer_sampling, reply_seed
 from utils.data import encode_prompt
-from utils.rollout import sample_replies
+from rollout.sampler import sample_replies
 
 TEMPLATE = "Q: {prompt}\nA:"
 LENGTH = 12  # tokens of the longest reply

@@ -10,7 +10,7 @@ import torch
 
 from tests.forks import from_server
 from utils.arguments import keep_freed_memory, run_script
-from utils.plan import resident_bytes
+from runs.memory_plan import resident_bytes
 
 BLOCK = 24 << 20  # bytes: large enough that glibc gives it back to Linux, unless it is told otherwise
 

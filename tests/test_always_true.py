@@ -37,8 +37,8 @@ from utils.adapters import (
     use_adapter,
 )
 from utils.data import encode_reply, tokenize_preferences, tokenize_prompts, tokenize_sft
-from utils.report import read_jsonl
-from utils.rollout import make_batch, reply_job
+from runs.run_files import read_jsonl
+from rollout.sampler import make_batch, reply_job
 
 PAD, EOS = 0, 2
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "

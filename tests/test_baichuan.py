@@ -1,4 +1,4 @@
-"""scripts/convert_baichuan.py: downloaded folders of both 7B generations become Llama folders with the same outputs.
+"""scripts/baichuan/convert.py: downloaded folders of both 7B generations become Llama folders with the same outputs.
 
 The original is written out in tests/baichuan.py with torch alone.  The result is loaded with plain
 transformers, as anybody would; tests/test_baichuan_errors.py has what is refused.
@@ -341,5 +341,5 @@ def test_a_base_that_was_not_converted_names_the_converter(tmp_path, tokenizer_f
     """transformers would ask on the terminal whether it may run the folder's code, which does not work anyway."""
     write_baichuan(tmp_path / "source", 1, tokenizer_files[1], 600)
     args = ModelArguments(model_name_or_path=str(tmp_path / "source"), trust_remote_code=trust)
-    with pytest.raises(InputError, match=r"is a Baichuan model.*scripts/convert_baichuan.py --model FOLDER --output"):
+    with pytest.raises(InputError, match=r"is a Baichuan model.*scripts/baichuan/convert.py --model FOLDER --output"):
         load(args)

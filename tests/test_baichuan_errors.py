@@ -1,4 +1,4 @@
-"""scripts/convert_baichuan.py where it has to refuse: one line that says what is wrong, exit code 2, no folder."""
+"""scripts/baichuan/convert.py where it has to refuse: one line that says what is wrong, exit code 2, no folder."""
 
 import json
 import os
@@ -276,7 +276,7 @@ def test_as_a_command(source):
         (source / f"{name}.py").write_text("raise SystemExit('it was run')\n")
 
     def run():
-        words = [sys.executable, ROOT / "scripts/convert_baichuan.py", "--model", "source", "--output", "llama"]
+        words = [sys.executable, ROOT / "scripts/baichuan/convert.py", "--model", "source", "--output", "llama"]
         return subprocess.run(words, cwd=source.parent, capture_output=True, text=True, timeout=300, check=False)
 
     done = run()

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from tests.baichuan import shuffle_ids, train_sentencepiece
 from utils.arguments import InputError
-from utils.bpe import check_tokenizer, fast_tokenizer, merges_by_score, read_sentencepiece
+from scripts.baichuan.bpe import check_tokenizer, fast_tokenizer, merges_by_score, read_sentencepiece
 
 MODELS = {
     "Baichuan-7B": train_sentencepiece("nmt_nfkc", prefix=True),

@@ -24,9 +24,9 @@ from tests.conftest import make_tokenizer
 from tests.helpers import load_with_jobs
 from tests.lineup import LENGTH, TEMPLATE, Lineup, expected, make_lineup, score_of
 from utils import web_chat
-from utils.answers import Talkers, answer_sampling
+from inference.side_by_side import Talkers, answer_sampling
 from utils.arguments import RunError, run_script
-from utils.rollout import sample_replies
+from rollout.sampler import sample_replies
 
 ROOT = Path(__file__).resolve().parent.parent
 

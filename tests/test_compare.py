@@ -21,10 +21,10 @@ from tests.helpers import load_with_jobs, save_sft
 from tests.lineup import TEMPLATE, Lineup, make_lineup, write_run
 from tests.pages import Page
 from utils.adapters import read_adapter
-from utils.answers import Reply, agreed_template, answer_sampling, answer_samplings, read_named_adapters, reply_seed
+from inference.side_by_side import Reply, agreed_template, answer_sampling, answer_samplings, read_named_adapters, reply_seed
 from utils.arguments import InputError, run_script
 from utils.data import encode_prompt
-from utils.rollout import sample_replies
+from rollout.sampler import sample_replies
 from utils.statistics import wilson_interval
 
 NASTY = "a | b\n<script>alert(1)</script> *x* مرحبا 😀"

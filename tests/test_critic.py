@@ -18,8 +18,8 @@ from tests.helpers import (
     run_main,
 )
 from utils.adapters import POLICY, REWARD, add_score_head, attach_adapter, enable_jobs, read_adapter, score_job
-from utils.report import read_jsonl
-from utils.rollout import make_batch
+from runs.run_files import read_jsonl
+from rollout.sampler import make_batch
 
 
 def tensors(trainer: rl_training.PPOTrainer) -> dict[str, torch.Tensor]:

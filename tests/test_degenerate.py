@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 
 from tests.conftest import make_tokenizer
-from utils.degenerate import (
+from rewards.broken_replies import (
     BLANKS,
     KINDS,
     STOCK,

@@ -17,8 +17,8 @@ from tests.conftest import make_tokenizer
 from tests.forks import start, wait_until
 from tests.stress.kill_and_resume import arguments_of, newest_whole, steps_done
 from utils.arguments import RunError
-from utils.checkpoints import find_fault, saving
-from utils.report import append_jsonl, write_json
+from runs.checkpoints import find_fault, saving
+from runs.run_files import append_jsonl, write_json
 
 
 def last_line(folder: Path) -> str:

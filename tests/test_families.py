@@ -34,8 +34,8 @@ from utils.adapters import (
     score_job,
     use_adapter,
 )
-from utils.report import read_jsonl
-from utils.rollout import Batch, Sampling, make_batch, reply_job
+from runs.run_files import read_jsonl
+from rollout.sampler import Batch, Sampling, make_batch, reply_job
 
 QUERIES = [[5, 9, 33, 7], [41], [100, 60, 61, 62, 63, 64, 65]]
 RESPONSES = [[12, 300, 2], [90, 91, 92, 93, 94, 95, 2], [17]]  # the last one was cut: it has no EOS

@@ -31,8 +31,8 @@ from utils.adapters import (
     score_job,
 )
 from utils.arguments import InputError, ModelArguments
-from utils.plan import base_bytes, empty_base
-from utils.report import read_jsonl
+from runs.memory_plan import base_bytes, empty_base
+from runs.run_files import read_jsonl
 
 
 def load_4bit(path):

@@ -15,10 +15,10 @@ from tests.conftest import write_rows
 from tests.helpers import PROMPTS, Stages, make_ppo_trainer, run_main
 from tests.pages import Page
 from utils.arguments import InputError, RunError
-from utils.gold import load_gold, try_gold
-from utils.html_report import report_page
-from utils.report import CURVES, read_jsonl
-from utils.rollout import make_batch
+from rewards.gold_function import load_gold, try_gold
+from reporting.html_report import report_page
+from runs.run_files import CURVES, read_jsonl
+from rollout.sampler import make_batch
 
 HELD_OUT = ["held-out question", "另一个问题", "one more"]
 

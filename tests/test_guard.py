@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.guard import ALARM, WARNING, Guard, Limits, find_signs, floor_scores, measure_replies
+from rewards.guard import ALARM, WARNING, Guard, Limits, find_signs, floor_scores, measure_replies
 
 ROOT = Path(__file__).parent.parent
 SFT = {
@@ -258,7 +258,7 @@ def test_measures_are_the_same_in_every_process() -> None:
     A resumed run, and the processes of one run, would then disagree.
     """
     code = (
-        "from utils.guard import measure_replies\n"
+        "from rewards.guard import measure_replies\n"
         "from random import Random\n"
         "rng, words = Random(0), [f'word{i}' for i in range(60)]\n"
         "for _ in range(20):\n"

@@ -20,9 +20,9 @@ from tests.helpers import (
 )
 from utils.adapters import POLICY, REFERENCE, read_adapter
 from utils.arguments import InputError
-from utils.guard import Guard, Limits
-from utils.report import read_jsonl
-from utils.rollout import make_batch
+from rewards.guard import Guard, Limits
+from runs.run_files import read_jsonl
+from rollout.sampler import make_batch
 
 PAD, EOS = 0, 2
 CARD = {"score_mean": 0.0, "score_std": 1.0, "passed": True, "failed": []}

@@ -14,7 +14,7 @@ import reward_modeling
 import rl_training
 import sft_training
 from tests.helpers import make_stages, run_main, save_lively_base
-from utils.report import draw_curves, drop_rows_after, iteration_line, read_jsonl
+from runs.run_files import draw_curves, drop_rows_after, iteration_line, read_jsonl
 
 STEPS, BATCH, TEMPLATE = 3, 4, "Q: {prompt}\nA:"
 PPO_METRICS = {  # the ones that DESIGN.md promises

@@ -30,8 +30,8 @@ from tests.helpers import (
     run_main,
 )
 from utils.arguments import RunError
-from utils.report import read_jsonl
-from utils.rollout import draw_replies, sample_replies
+from runs.run_files import read_jsonl
+from rollout.sampler import draw_replies, sample_replies
 
 POISON = "熊"  # whose tokens only the prompts with it hold
 

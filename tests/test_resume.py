@@ -24,8 +24,8 @@ from tests.helpers import PROMPTS, Stages, run_main
 from tests.stress import kill_and_resume
 from utils import checkpoints
 from utils.arguments import InputError
-from utils.checkpoints import find_fault, resume_path, seal
-from utils.report import read_jsonl
+from runs.checkpoints import find_fault, resume_path, seal
+from runs.run_files import read_jsonl
 
 CLOCK = re.compile("seconds|per_second|runtime")
 

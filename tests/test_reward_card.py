@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from utils.arguments import InputError
-from utils.reward_card import (
+from rewards.reward_card import (
     accuracy,
     calibration_error,
     card_table,

@@ -28,7 +28,7 @@ from utils.adapters import (
 )
 from utils.arguments import InputError
 from utils.data import pad_right, tokenize_preferences
-from utils.degenerate import KINDS
+from rewards.broken_replies import KINDS
 
 WORDS = ["tea", "coffee", "soup", "bread", "rice", "cats", "dogs", "fish", "trees", "cars", "books", "songs"]
 ASKED = ["What about {}?", "Tell me of {}.", "Do you know {}?"]

@@ -28,7 +28,7 @@ from tests.helpers import (
 from utils import rollout
 from utils.adapters import REFERENCE, enable_jobs, use_adapter
 from utils.arguments import InputError
-from utils.rollout import (
+from rollout.sampler import (
     Batch,
     ReplyStatistics,
     Sampling,

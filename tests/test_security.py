@@ -19,7 +19,7 @@ from tests.conftest import make_tokenizer
 from tests.helpers import Stages, load_plain, make_stages, run_main
 from utils.adapters import POLICY, attach_adapter, load_base, load_tokenizer, load_weights, read_adapter
 from utils.arguments import InputError, ModelArguments, printable, run_script, say
-from utils.checkpoints import seal
+from runs.checkpoints import seal
 from utils.data import read_dataset
 
 

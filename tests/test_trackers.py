@@ -22,8 +22,8 @@ import reward_modeling
 import rl_training
 from tests.helpers import make_stages, run_main, save_lively_base
 from utils.arguments import InputError
-from utils.report import read_jsonl
-from utils.trackers import SAMPLES, Grouped, TensorBoardTracker, show_card, tracker_name, use_grouped_names
+from runs.run_files import read_jsonl
+from reporting.trackers import SAMPLES, Grouped, TensorBoardTracker, show_card, tracker_name, use_grouped_names
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH, TEMPLATE = 3, 4, "Q: {prompt}\nA:"

@@ -90,7 +90,7 @@ def refuse_baichuan(name: str) -> None:
     if config.get("model_type") == "baichuan":
         raise InputError(
             f"{name} is a Baichuan model, whose own code does not run on this transformers; convert a download of it "
-            "once with `python scripts/convert_baichuan.py --model FOLDER --output NEW_FOLDER` and give NEW_FOLDER"
+            "once with `python scripts/baichuan/convert.py --model FOLDER --output NEW_FOLDER` and give NEW_FOLDER"
         )
 
 

@@ -422,7 +422,7 @@ def tokenize_preferences(
 ) -> Dataset:
     """Columns chosen_ids, rejected_ids (prompt + reply + EOS), query_length, length, margin and kind of every usable pair.
 
-    margin: how much better the chosen reply is, from a column of that name, else 0.  kind: "", see utils/degenerate.py.
+    margin: how much better the chosen reply is, from a column of that name, else 0.  kind: "", see rewards/broken_replies.py.
 
     A pair in which either side is longer than `max_length` is dropped, or with overlong="cut" both of its replies are
     cut to the same number of tokens and lose their EOS: a reply that was cut must not pass for a short or an unfinished

@@ -1,7 +1,7 @@
 """What a run leaves behind for people: run.json, metrics.jsonl, pictures, and a page with all of it.
 
-python -m utils.report output/ppo                     writes output/ppo/report.html
-python -m utils.report output/ppo other/ppo --output both.html
+python -m runs.run_files output/ppo                     writes output/ppo/report.html
+python -m runs.run_files output/ppo other/ppo --output both.html
 """
 
 import argparse
@@ -29,9 +29,9 @@ from transformers import (
 
 from utils.adapters import base_fingerprint
 from utils.arguments import InputError, ModelArguments, run_script, say
-from utils.checkpoints import saving
-from utils.html_report import report_page
-from utils.page import write_page
+from runs.checkpoints import saving
+from reporting.html_report import report_page
+from reporting.html import write_page
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
 CURVES = {  # metrics of stage 3 -> title of the picture
@@ -263,7 +263,7 @@ def write_report(folders: Sequence[str], output: str, max_samples: int = 20000) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m utils.report",
+        prog="python -m runs.run_files",
         description="Write report.html: curves, samples, reward card and run.json of one or several runs on one page.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a training script")

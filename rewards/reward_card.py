@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from utils.arguments import InputError
-from utils.report import write_json
+from runs.run_files import write_json
 from utils.statistics import wilson_interval
 
 CARD_FILE = "reward_card.json"

@@ -1,7 +1,7 @@
 """Put a downloaded Baichuan-7B or Baichuan2-7B folder into Llama's layout, which transformers runs without remote code.
 
     pip install -r requirements-baichuan.txt
-    python scripts/convert_baichuan.py --model DOWNLOADED --output models/baichuan2-7b [--adapter W_PACK_ADAPTER ...]
+    python scripts/baichuan/convert.py --model DOWNLOADED --output models/baichuan2-7b [--adapter W_PACK_ADAPTER ...]
 
 Both generations are Llama with the attention's q, k and v in one matrix, `W_pack`: its rows are split in three, and
 nothing else changes.  Baichuan2 also normalises the rows of its output head in each forward pass; they are written
@@ -36,8 +36,8 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, Python looks in scripts/ alone
 
 from utils.arguments import InputError, check_new_folder, one_line, parse_arguments, run_script, say
-from utils.bpe import check_tokenizer, fast_tokenizer, read_sentencepiece
-from utils.report import folder_when_done, write_json
+from scripts.baichuan.bpe import check_tokenizer, fast_tokenizer, read_sentencepiece
+from runs.run_files import folder_when_done, write_json
 
 BAICHUAN2_VOCABULARY = 125696
 SPLIT = ("q_proj", "k_proj", "v_proj")

@@ -15,8 +15,8 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from utils.arguments import InputError, is_main_process, one_line
-from utils.page import markdown_table
-from utils.reward_card import card_table, read_card
+from reporting.html import markdown_table
+from rewards.reward_card import card_table, read_card
 
 TRACKER_NAMES = {  # metrics.jsonl -> trackers; guard/... and heldout/... are called the same in both
     "score_mean": "objective/score_mean",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.arguments import InputError
-from utils.page import html_page
+from reporting.html import html_page
 
 STAGES = {"sft": "Stage 1: SFT", "reward": "Stage 2: reward model", "ppo": "Stage 3: PPO"}  # in the order of the page
 COUNTERS = ("iteration", "step", "epoch")  # what curves are drawn over, never a curve

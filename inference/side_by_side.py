@@ -24,7 +24,7 @@ from utils.adapters import (
 )
 from utils.arguments import DEFAULT_TEMPLATE, InputError, ModelArguments
 from utils.data import Message, encode_prompt
-from utils.rollout import Sampling, first_token_ban, make_batch, sample_replies
+from rollout.sampler import Sampling, first_token_ban, make_batch, sample_replies
 
 BARE_BASE = "base"  # what the base without an adapter is called
 

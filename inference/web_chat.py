@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
-from utils.answers import Talkers
+from inference.side_by_side import Talkers
 from utils.arguments import InputError, printable, say
 from utils.data import Message
-from utils.page import WEB
+from reporting.html import WEB
 
 PENDING = "…"  # note below a reply that is being sampled
 ADDRESS = "127.0.0.1"  # this machine alone: there is no password

@@ -45,7 +45,7 @@ from utils.adapters import (
     sft_part_size,
 )
 from utils.arguments import InputError, LoraArguments, ModelArguments, one_line, say
-from utils.rollout import is_plain, logit_rows, pass_limits, vocabulary_tiles
+from rollout.sampler import is_plain, logit_rows, pass_limits, vocabulary_tiles
 from utils.sharding import loading_whole
 
 FLOAT = 4  # bytes of float32, which adapters, heads, gradients and optimizer state are in

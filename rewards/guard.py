@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.degenerate import find_broken, words_of
+from rewards.broken_replies import find_broken, words_of
 
 FLOOR = 3.0  # standard deviations under the mean score: where a broken reply is put, at most
 EXTREME = 8.0  # standard deviations from the mean score from which a single reply is named

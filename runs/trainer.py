@@ -1,6 +1,6 @@
 """The Trainer of all three stages: a run that is interrupted loses nothing.
 
-What transformers.Trainer does not do and SteadyTrainer adds: checkpoints appear whole or not at all (utils/checkpoints.py)
+What transformers.Trainer does not do and SteadyTrainer adds: checkpoints appear whole or not at all (runs/checkpoints.py)
 and hold all that the log has to remember; SIGTERM and SIGINT let the step finish, save and end the run; a step whose loss
 or gradients are not finite changes nothing, and too many of them in a row end the run with a diagnosis.
 """
@@ -28,8 +28,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from utils.arguments import InputError, Preempted, RunError, is_main_process, say
-from utils.checkpoints import UNFINISHED, flush, saving, seal
-from utils.report import append_jsonl
+from runs.checkpoints import UNFINISHED, flush, saving, seal
+from runs.run_files import append_jsonl
 
 NONFINITE_FILE = "nonfinite.jsonl"
 LOWER_THE_RATE = (
