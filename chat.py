@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from transformers import TextStreamer
 
-from utils.adapters import load_base, load_tokenizer
 from inference.side_by_side import (
     AnswerArguments,
     Talkers,
@@ -24,9 +23,11 @@ from inference.side_by_side import (
     longest_query,
     read_lineup,
 )
-from utils.arguments import InputError, parse_arguments, printable, run_script, say
-from utils.data import Message, check_template
 from inference.web_chat import check_gradio, serve
+from utils.arguments import parse_arguments
+from utils.base_model import load_base, load_tokenizer
+from utils.console import InputError, printable, run_script, say
+from utils.data import Message, check_template
 
 with contextlib.suppress(ImportError):  # not every Python has it
     import readline  # noqa: F401  arrow keys and history in input()

@@ -17,7 +17,6 @@ from typing import NamedTuple
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from utils.adapters import load_base, load_tokenizer
 from inference.side_by_side import (
     AnswerArguments,
     Reply,
@@ -30,11 +29,13 @@ from inference.side_by_side import (
     read_lineup,
     reply_seed,
 )
-from utils.arguments import InputError, check_new_folder, parse_arguments, run_script, say
-from utils.data import FILE_FORMATS, check_template, read_dataset, tokenize_prompts
 from reporting.html import html_page, markdown_cell, markdown_table, write_page
-from runs.run_files import append_jsonl
-from utils.statistics import wilson_interval
+from rewards.reward_card import wilson_interval
+from utils.arguments import check_new_folder, parse_arguments
+from utils.base_model import load_base, load_tokenizer
+from utils.console import InputError, run_script, say
+from utils.data import FILE_FORMATS, check_template, read_dataset, tokenize_prompts
+from utils.files import append_jsonl
 
 DEFAULT_PROMPTS = (
     "你好！请介绍一下你自己。",

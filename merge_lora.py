@@ -27,30 +27,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from utils.adapters import (
-    POLICY,
-    SavedAdapter,
-    add_score_head,
-    attach_adapter,
-    check_adapter,
-    enable_jobs,
-    load_base,
-    load_tokenizer,
-    member_folders,
-    read_adapter,
-    score_job,
-)
-from utils.arguments import (
-    DEFAULT_TEMPLATE,
-    InputError,
-    ModelArguments,
-    check_new_folder,
-    parse_arguments,
-    run_script,
-    say,
-)
-from utils.data import pad_right
-from runs.run_files import folder_when_done, run_record, write_json
+from rewards.reward_model import member_folders
+from runs.run_files import run_record
+from utils.adapters import POLICY, SavedAdapter, attach_adapter, check_adapter, read_adapter
+from utils.arguments import DEFAULT_TEMPLATE, ModelArguments, check_new_folder, parse_arguments
+from utils.base_model import load_base, load_tokenizer
+from utils.batching import pad_right
+from utils.console import InputError, run_script, say
+from utils.files import folder_when_done, write_json
+from utils.heads import add_score_head, enable_jobs, score_job
 
 # Texts on which the saved model is compared with base + adapter: of different lengths, so that a batch has padding.
 PROBES = (

@@ -8,9 +8,9 @@ scores around 0 (Eisenstein et al. 2023, eq. 2).  The score is read at the last 
 that token is EOS unless the pair was cut.
 
 People's pairs hold no empty, cut or looping replies, so a model of them alone may think well of those, and PPO finds out.
-So a share of the training pairs (--degenerate_ratio) has a broken reply in the rejected place (rewards/broken_replies.py), and
-the finished model is probed with broken replies to held-out prompts.  What comes out is reward_card.json: stage 3 takes
-the mean and the standard deviation of the scores from it, and refuses a model that did not pass.
+So a share of the training pairs (--degenerate_ratio) has a broken reply in the rejected place (rewards/broken_replies.py),
+and the finished model is probed with broken replies to held-out prompts.  What comes out is reward_card.json: stage 3
+takes the mean and the standard deviation of the scores from it, and refuses a model that did not pass.
 """
 
 import math
@@ -29,26 +29,29 @@ from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from utils.adapters import (
-    SCORE_KEY,
-    SavedAdapter,
-    check_adapter,
-    ensemble_score,
-    load_adapter,
-    load_base,
-    load_tokenizer,
-    member_folders,
-    member_scores,
-    new_reward_model,
-    part_size,
-    read_adapter,
-    saved_key,
-)
 from inference.side_by_side import answer, answer_sampling
+from reporting.plots import draw_card
+from reporting.trackers import check_trackers, show_card
+from rewards.broken_replies import KINDS, TRAIN_WEIGHT, broken_pairs
+from rewards.reward_card import (
+    CARD_FILE,
+    accuracy,
+    card_table,
+    in_short,
+    length_correlation,
+    pair_measures,
+    verdict,
+    wilson_interval,
+)
+from rewards.reward_model import ensemble_score, member_folders, member_scores, new_reward_model
+from runs.checkpoints import resume_path
+from runs.memory_plan import announce, reward_plan
+from runs.run_files import RunFiles, run_record
+from runs.trainer import SteadyArguments, SteadyTrainer
+from utils.adapters import SCORE_KEY, SavedAdapter, check_adapter, load_adapter, read_adapter, saved_key
 from utils.arguments import (
     DEFAULT_PREFERENCES,
     DataArguments,
-    InputError,
     LoraArguments,
     ModelArguments,
     PlanArguments,
@@ -56,31 +59,16 @@ from utils.arguments import (
     check_output_dir,
     choose_precision,
     default_autocast,
-    is_main_process,
     parse_arguments,
-    run_script,
-    say,
     set_up_ddp,
 )
-from runs.checkpoints import resume_path
-from utils.data import check_template, pad_right, tokenize_preferences, train_and_eval_rows
-from rewards.broken_replies import KINDS, TRAIN_WEIGHT, broken_pairs
+from utils.base_model import load_base, load_tokenizer
+from utils.batching import pad_right, part_size
+from utils.console import InputError, is_main_process, run_script, say
+from utils.data import check_template, tokenize_preferences, train_and_eval_rows
+from utils.files import write_json
 from utils.launch import relaunch_on_all_gpus
-from runs.memory_plan import announce, reward_plan
-from runs.run_files import RunFiles, run_record
-from rewards.reward_card import (
-    accuracy,
-    card_table,
-    in_short,
-    length_correlation,
-    pair_measures,
-    verdict,
-    write_card,
-)
 from utils.sharding import check_state_dict, is_sharded, whole_parameters
-from utils.statistics import wilson_interval
-from runs.trainer import SteadyArguments, SteadyTrainer
-from reporting.trackers import check_trackers, show_card
 
 
 @dataclass
@@ -523,7 +511,8 @@ def main() -> None:
         }
         card |= verdict(card, data_args.exempt)
         scores |= {"chosen": prediction.predictions[:, 0], "rejected": prediction.predictions[:, 1]}
-        write_card(card, scores, training_args.output_dir)
+        write_json(card, training_args.output_dir, CARD_FILE)
+        draw_card(card, scores, training_args.output_dir)
         for callback in trainer.callback_handler.callbacks:
             show_card(callback, training_args.output_dir, trainer.state.global_step)
         say(card_table(card))

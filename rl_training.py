@@ -39,66 +39,56 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from reporting.plots import draw_curves
+from reporting.progress import IterationLines
+from reporting.trackers import check_trackers, use_grouped_names
+from rewards.broken_replies import find_broken
+from rewards.gold_function import Gold, load_gold, try_gold
+from rewards.guard import ALARM, Guard, Limits, floor_scores, measure_replies
+from rewards.reward_card import in_short, read_card
+from rewards.reward_model import reward_scores
+from rollout.batch import Batch, make_batch
+from rollout.distribution import Sampling, check_output_logits, first_token_ban
+from rollout.logprobs import reply_job, value_job
+from rollout.model import assemble_ppo_model, start_critic
+from rollout.sampler import draw_replies
+from runs.checkpoints import resume_path
+from runs.memory_plan import announce, ppo_plan
+from runs.run_files import RunFiles, run_record
+from runs.trainer import SteadyArguments, SteadyTrainer
 from utils import ppo
 from utils.adapters import (
     CRITIC,
     POLICY,
     REFERENCE,
     SavedAdapter,
-    assemble_ppo_model,
     check_adapter,
     check_kind,
-    load_base,
-    load_tokenizer,
-    load_value_head,
     load_weights,
     read_adapter,
-    reward_scores,
-    save_value_head,
-    start_critic,
     use_adapter,
 )
 from utils.arguments import (
     DEFAULT_PREFERENCES,
     DataArguments,
-    InputError,
     ModelArguments,
     PlanArguments,
-    RunError,
     check_evaluation,
     check_numbers,
     check_output_dir,
     choose_precision,
     default_autocast,
     parse_arguments,
-    run_script,
-    say,
     set_up_ddp,
 )
-from runs.checkpoints import resume_path, saving
+from utils.base_model import load_base, load_tokenizer
+from utils.batching import pass_limits, split_by_length
+from utils.console import InputError, RunError, run_script, say
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
-from rewards.broken_replies import find_broken
-from rewards.gold_function import Gold, load_gold, try_gold
-from rewards.guard import ALARM, Guard, Limits, floor_scores, measure_replies
+from utils.files import append_jsonl, saving, write_json
+from utils.heads import load_value_head, save_value_head
 from utils.launch import relaunch_on_all_gpus
-from runs.memory_plan import announce, ppo_plan
-from runs.run_files import IterationLines, RunFiles, append_jsonl, draw_curves, run_record, write_json
-from rewards.reward_card import in_short, read_card
-from rollout.sampler import (
-    Batch,
-    Sampling,
-    check_output_logits,
-    draw_replies,
-    first_token_ban,
-    make_batch,
-    pass_limits,
-    reply_job,
-    split_by_length,
-    value_job,
-)
 from utils.sharding import whole_parameters
-from runs.trainer import SteadyArguments, SteadyTrainer
-from reporting.trackers import check_trackers, use_grouped_names
 
 STATE_FILE = "ppo_state.json"
 BEST = "best"

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from utils.adapters import load_base, load_tokenizer, new_lora_config, sft_part_size
+from reporting.trackers import check_trackers
+from runs.checkpoints import resume_path
+from runs.memory_plan import announce, sft_plan
+from runs.run_files import RunFiles, run_record
+from runs.trainer import SteadyArguments, SteadyTrainer
+from utils.adapters import new_lora_config
 from utils.arguments import (
     DataArguments,
     LoraArguments,
@@ -28,18 +33,14 @@ from utils.arguments import (
     choose_precision,
     default_autocast,
     parse_arguments,
-    run_script,
-    say,
     set_up_ddp,
 )
-from runs.checkpoints import resume_path
+from utils.base_model import load_base, load_tokenizer
+from utils.batching import sft_part_size
+from utils.console import run_script, say
 from utils.data import check_template, tokenize_sft, train_and_eval_rows
 from utils.launch import relaunch_on_all_gpus
-from runs.memory_plan import announce, sft_plan
-from runs.run_files import RunFiles, run_record
 from utils.sharding import check_state_dict
-from runs.trainer import SteadyArguments, SteadyTrainer
-from reporting.trackers import check_trackers
 
 DEFAULT_DATASET = "Hello-SimpleAI/HC3-Chinese"  # the article's
 

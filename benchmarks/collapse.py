@@ -26,8 +26,8 @@ from benchmarks.runs import in_parallel, judge_adapters, make_world_and_sft, tra
 from demo import world
 from demo.gold import gold_score
 from demo.table import Row
-from utils.arguments import run_script
-from runs.run_files import read_jsonl, write_json
+from utils.console import run_script
+from utils.files import read_jsonl, write_json
 
 GUARD_PROMPTS = 64
 PLAIN, ROBUST = "reward_plain", "reward_robust"

@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks.runs import in_parallel, judge_adapters, make_world_and_sft, train_ppo, train_reward
 from demo.gold import gold_score
-from utils.arguments import run_script
-from runs.run_files import read_jsonl
+from utils.console import run_script
+from utils.files import read_jsonl
 
 LAST = 4  # iterations whose rollouts make one figure
 

@@ -29,7 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.ppo_sides import KINDS, Shapes, make_inputs
-from utils.arguments import run_script
+from utils.console import run_script
 
 TRL = "trl==1.12.0"
 SETTINGS = {"full": Shapes(), "ragged": Shapes(prompts=(16, 64), replies=(1, 64))}

@@ -66,7 +66,7 @@ def make_inputs(folder: Path, shapes: Shapes) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from utils.adapters import add_score_head
+    from utils.heads import add_score_head
 
     folder.mkdir(parents=True)
     words = {"</s>": EOS, "<pad>": PAD, "<unk>": UNKNOWN}
@@ -149,15 +149,15 @@ class Phases:
 def ours(folder: Path, iterations: int) -> dict[str, Any]:
     """Iterations of rl_training.main()."""
     import rl_training
-    from utils import rollout
-    from utils.arguments import keep_freed_memory
+    from rollout import sampler
+    from utils.console import keep_freed_memory
 
     keep_freed_memory()  # as run_script() does
     shapes, rows = read_inputs(folder)
     lengths = reply_lengths(rows)
     phases = Phases()
     ends: list[int] = []
-    plain_streams, plain_sample = rollout.uniform_streams, rl_training.draw_replies
+    plain_streams, plain_sample = sampler.uniform_streams, rl_training.draw_replies
     update, step = rl_training.PPOTrainer.update, rl_training.PPOTrainer.training_step
 
     def streams(seeds: Sequence[int], length: int) -> torch.Tensor:
@@ -180,7 +180,7 @@ def ours(folder: Path, iterations: int) -> dict[str, Any]:
         phases.enter("end")
         return result
 
-    rollout.uniform_streams, rl_training.draw_replies = streams, sample
+    sampler.uniform_streams, rl_training.draw_replies = streams, sample
     rl_training.PPOTrainer.update, rl_training.PPOTrainer.training_step = timed_update, timed_step
     arguments = {
         "model_name": folder / "base",

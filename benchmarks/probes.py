@@ -15,7 +15,8 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.runs import in_parallel, make_world_and_sft, train_reward
-from utils.arguments import read_yaml, run_script
+from utils.arguments import read_yaml
+from utils.console import run_script
 
 TAUGHT = read_yaml("configs/reward_demo.yaml")["degenerate_kinds"].split(",")
 

@@ -14,10 +14,11 @@ import torch
 from tqdm import tqdm
 
 from demo.table import Row, judge
-from utils.adapters import load_base, load_tokenizer, read_adapter
 from inference.side_by_side import answer_samplings, load_side_by_side
+from utils.adapters import read_adapter
 from utils.arguments import ModelArguments
-from runs.run_files import read_jsonl
+from utils.base_model import load_base, load_tokenizer
+from utils.files import read_jsonl
 
 OUTPUT_MAX_LENGTH = 48  # tokens, as in configs/ppo_demo.yaml
 # A process of its own on a core of its own, which asks nobody anything.

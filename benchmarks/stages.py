@@ -36,9 +36,10 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 import reward_modeling
 from benchmarks.runs import ALONE
+from rewards.reward_model import new_reward_model
 from sft_training import SFTArguments, SortedSFTTrainer
-from utils.adapters import new_reward_model
-from utils.arguments import LoraArguments, run_script
+from utils.arguments import LoraArguments
+from utils.console import run_script
 
 WARMUP = 1  # optimizer steps before the clock starts
 SHAPE = {"vocab_size": 16000, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}

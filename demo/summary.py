@@ -8,7 +8,7 @@ import argparse
 import json
 from pathlib import Path
 
-from utils.arguments import InputError, run_script
+from utils.console import InputError, run_script
 
 
 def as_row(folder: Path) -> str:

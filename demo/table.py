@@ -18,12 +18,15 @@ import torch
 from peft import PeftModel
 
 from demo.gold import gold_score
-from utils.adapters import load_base, load_tokenizer, read_adapter
 from inference.side_by_side import answer, answer_samplings, load_side_by_side
-from utils.arguments import InputError, ModelArguments, run_script
+from reporting.html_report import write_report
+from rollout.distribution import Sampling
+from utils.adapters import read_adapter
+from utils.arguments import ModelArguments
+from utils.base_model import load_base, load_tokenizer
+from utils.console import InputError, run_script
 from utils.data import encode_prompt
-from runs.run_files import read_jsonl, write_json, write_report
-from rollout.sampler import Sampling
+from utils.files import read_jsonl, write_json
 
 BATCH = 64
 SHOWN = 3  # prompts whose replies are printed
@@ -128,7 +131,7 @@ def main() -> None:
         f"\n{table}\nadapters: {folder}/sft, {folder}/reward, {folder}/ppo/best (and checkpoints by iteration beside it)"
     )
     print(f"metrics:  metrics.jsonl in each of them; pictures: {folder}/ppo/plots; merged model: {folder}/merged")
-    # here and not by `python -m runs.run_files`, which would import everything once more
+    # here and not by `python -m reporting`, which would import everything once more
     write_report([str(folder / stage) for stage in ("sft", "reward", "ppo")], str(folder / "report.html"))
     if missed:
         print("the demo missed: " + "; ".join(missed), file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Trained models at work: side by side, and on a chat page."""

@@ -10,21 +10,15 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from utils.adapters import (
-    REWARD,
-    SavedAdapter,
-    add_score_head,
-    check_adapter,
-    enable_jobs,
-    load_adapter,
-    load_reward,
-    read_adapter,
-    reward_scores,
-    use_adapter,
-)
-from utils.arguments import DEFAULT_TEMPLATE, InputError, ModelArguments
+from rewards.reward_model import load_reward, reward_scores
+from rollout.batch import make_batch
+from rollout.distribution import Sampling, first_token_ban
+from rollout.sampler import sample_replies
+from utils.adapters import REWARD, SavedAdapter, check_adapter, load_adapter, read_adapter, use_adapter
+from utils.arguments import DEFAULT_TEMPLATE, ModelArguments
+from utils.console import InputError
 from utils.data import Message, encode_prompt
-from rollout.sampler import Sampling, first_token_ban, make_batch, sample_replies
+from utils.heads import add_score_head, enable_jobs
 
 BARE_BASE = "base"  # what the base without an adapter is called
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from inference.side_by_side import Talkers
-from utils.arguments import InputError, printable, say
-from utils.data import Message
 from reporting.html import WEB
+from utils.console import InputError, printable, say
+from utils.data import Message
 
 PENDING = "…"  # note below a reply that is being sampled
 ADDRESS = "127.0.0.1"  # this machine alone: there is no password

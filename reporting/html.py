@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.arguments import printable
+from utils.console import printable
 
 WEB = Path(__file__).parent / "web"
 # The browser itself is told to fetch nothing, whatever a prompt may hold.

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.arguments import InputError
-from reporting.html import html_page
+from reporting.html import html_page, write_page
+from reporting.plots import CURVES
+from utils.console import InputError, say
 
 STAGES = {"sft": "Stage 1: SFT", "reward": "Stage 2: reward model", "ppo": "Stage 3: PPO"}  # in the order of the page
 COUNTERS = ("iteration", "step", "epoch")  # what curves are drawn over, never a curve
@@ -506,3 +507,13 @@ def _verdict(run: Run) -> str:
 def _sample_note(kept: int, total: int) -> str:
     note = "Click a row to read it in full, beside the other replies to the same prompt."
     return note if kept == total else f"{kept:,} of {total:,} replies: those of a random choice of prompts. {note}"
+
+
+def write_report(folders: Sequence[str], output: str, max_samples: int = 20000) -> None:
+    """Write these runs as one HTML page, with about `max_samples` replies of each.  Raises InputError."""
+    page = report_page(folders, CURVES, max_samples)
+    try:
+        write_page(page, output)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror}; give another --output") from error
+    say(f"report: {output}")

@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from utils.arguments import InputError, is_main_process, one_line
 from reporting.html import markdown_table
 from rewards.reward_card import card_table, read_card
+from utils.console import InputError, is_main_process, one_line
 
 TRACKER_NAMES = {  # metrics.jsonl -> trackers; guard/... and heldout/... are called the same in both
     "score_mean": "objective/score_mean",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from utils.arguments import InputError, RunError, one_line
+from utils.console import InputError, RunError, one_line
 
 Gold = Callable[[str, str], float]
 LARGEST = torch.finfo(torch.float32).max  # of a number that the processes can exchange

@@ -12,15 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from utils.arguments import InputError
-from runs.run_files import write_json
-from utils.statistics import wilson_interval
+from utils.console import InputError
 
 CARD_FILE = "reward_card.json"
 PROBE_THRESHOLD = 0.95  # share of prompts where the good reply has to beat the broken one, for each kind
 SAME_LENGTH = 0.1  # replies count as equally long up to this share of the longer one
 SHORT_SHARE = 0.2  # the chosen replies up to this quantile of their lengths are the short good ones
 BINS = 10  # of the calibration error
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """95% interval of a share seen in `count` independent trials (Wilson 1927); stays inside [0, 1]."""
+    z = 1.959964
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def accuracy(scores: np.ndarray) -> float:
@@ -169,34 +175,3 @@ def card_table(card: dict[str, Any]) -> str:
         beats = f"{above[kind]:.3f}" if kind in above else "-"
         lines.append(f"| {kind} | {share:.3f}{mark} | {beats} | {card['probe_counts'][kind]} |")
     return "\n".join(lines)
-
-
-def draw_card(card: dict[str, Any], scores: dict[str, np.ndarray], folder: str) -> None:
-    """The probes, and where the scores of each sort of reply lie, as folder/reward_card.png."""
-    import matplotlib  # a second of import time that --help should not pay
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.5), dpi=110)
-    kinds = list(card["probes"])[::-1]
-    colours = ["#0072b2" if card["probes"][kind] >= card["threshold"] else "#d55e00" for kind in kinds]
-    left.barh(kinds, [card["probes"][kind] for kind in kinds], color=colours)
-    left.axvline(card["threshold"], color="black", linewidth=1, linestyle="--")
-    wanted = f"broken replies (dashed: {card['threshold']}, what is wanted)"
-    left.set(xlim=(0, 1), xlabel="share of prompts where the good reply beats the broken one", title=wanted)
-    names = list(scores)[::-1]  # from the top, in the same order as on the left
-    boxes = [scores[name] for name in names]
-    right.boxplot(boxes, orientation="horizontal", showfliers=False, tick_labels=names)
-    right.set(xlabel="score", title="where the scores lie (box: middle half)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3, axis="x")
-    figure.tight_layout()
-    figure.savefig(os.path.join(folder, "reward_card.png"))
-    pyplot.close(figure)
-
-
-def write_card(card: dict[str, Any], scores: dict[str, np.ndarray], folder: str) -> None:
-    """reward_card.json, and reward_card.png beside it."""
-    write_json(card, folder, CARD_FILE)
-    draw_card(card, scores, folder)

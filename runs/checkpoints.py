@@ -1,28 +1,20 @@
-"""Checkpoints that are whole or not there at all, and one line for the user where the disk fails.
+"""Checkpoints that are whole or not there at all.
 
 A checkpoint is written to OUTPUT/unfinished/, flushed to the disk and then renamed to OUTPUT/checkpoint-N.  Its last file,
 complete.json, lists all others with their sizes, so that a half copied or half deleted one is recognised as well.
 """
 
-import contextlib
-import errno
 import json
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import TrainingArguments
 
-from utils.arguments import InputError, RunError, check_new_folder, one_line, say
+from utils.arguments import check_new_folder
+from utils.console import InputError, say
 
 UNFINISHED = "unfinished"  # folder in the output folder where the next checkpoint grows
 COMPLETE_FILE = "complete.json"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole or not
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def flush(path: str | Path) -> None:
@@ -115,46 +107,3 @@ def _checkpoint_number(folder: Path) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Where the disk fails
 # ---------------------------------------------------------------------------------------------------------------------
-
-ADVICE = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room",
-    errno.EFBIG: "raise the limit on the size of a file",
-    errno.EROFS: "make the folder writable",
-    errno.EACCES: "make the folder writable",
-    errno.EPERM: "make the folder writable",
-    errno.ENOENT: "bring the output folder back",
-    errno.ENOTDIR: "bring the output folder back",
-}
-# Not only an OSError carries the system's number: safetensors and tokenizers (Rust) and shutil have it in their text alone.
-NUMBER = re.compile(r"(?:os error |code: |Errno )(\d+)")
-TORCH_ERROR = re.compile(r"PytorchStreamWriter|inline_container|iostream error|cannot be opened|does not exist")
-
-
-def _disk_error(error: Exception) -> tuple[int | None, str] | None:
-    """Number and text of the system's error behind an exception; None where the disk had nothing to do with it."""
-    number = NUMBER.search(str(error))
-    if number:
-        return int(number[1]), os.strerror(int(number[1]))
-    if isinstance(error, OSError):
-        return None, one_line(error)
-    if isinstance(error, RuntimeError) and TORCH_ERROR.search(str(error)):
-        return None, "the file cannot be written to its end, as on a full disk"
-    return None
-
-
-@contextlib.contextmanager
-def saving(path: str | Path) -> Iterator[None]:
-    """Turn a failure of the disk inside the block into one line that names `path`.  Raises RunError."""
-    try:
-        yield
-    except Exception as error:
-        found = _disk_error(error)
-        if found is None:
-            raise
-        number, reason = found
-        advice = ADVICE.get(number, "see to the disk and the folder")
-        raise RunError(
-            f"cannot write {path}: {reason}; {advice}, then go on with --resume_from_checkpoint true (checkpoints "
-            "that were made before are not touched)"
-        ) from error

@@ -33,19 +33,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from utils.adapters import (
-    SavedAdapter,
-    assemble_ppo_model,
-    base_config,
-    enable_jobs,
-    hidden_width,
-    new_lora_config,
-    new_reward_model,
-    part_size,
-    sft_part_size,
-)
-from utils.arguments import InputError, LoraArguments, ModelArguments, one_line, say
-from rollout.sampler import is_plain, logit_rows, pass_limits, vocabulary_tiles
+from rewards.reward_model import new_reward_model
+from rollout.distribution import is_plain, logit_rows, vocabulary_tiles
+from rollout.model import assemble_ppo_model
+from utils.adapters import SavedAdapter, new_lora_config
+from utils.arguments import LoraArguments, ModelArguments
+from utils.base_model import base_config, hidden_width
+from utils.batching import part_size, pass_limits, sft_part_size
+from utils.console import InputError, one_line, say
+from utils.heads import enable_jobs
 from utils.sharding import loading_whole
 
 FLOAT = 4  # bytes of float32, which adapters, heads, gradients and optimizer state are in

@@ -27,9 +27,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from utils.arguments import InputError, Preempted, RunError, is_main_process, say
-from runs.checkpoints import UNFINISHED, flush, saving, seal
-from runs.run_files import append_jsonl
+from runs.checkpoints import UNFINISHED, flush, seal
+from utils.console import InputError, Preempted, RunError, is_main_process, say
+from utils.files import append_jsonl, saving
 
 NONFINITE_FILE = "nonfinite.jsonl"
 LOWER_THE_RATE = (

@@ -14,8 +14,8 @@ from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
-from scripts import convert_baichuan
-from utils.arguments import run_script
+from scripts.baichuan import convert as converter
+from utils.console import run_script
 
 CORPUS = [
     "问：你好吗？\n\n答：我很好，谢谢你！",
@@ -208,4 +208,4 @@ def write_adapter(folder: Path, kind: str = "safetensors", **config) -> dict[str
 def convert(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
     """Run the converter in this process, as its command line would."""
     monkeypatch.setattr(sys, "argv", ["convert_baichuan.py", *map(str, arguments)])
-    run_script(convert_baichuan.main)
+    run_script(converter.main)

@@ -21,7 +21,7 @@ import torch
 import reward_modeling
 import rl_training
 import sft_training
-from utils.arguments import run_script
+from utils.console import run_script
 
 SCRIPTS = {"sft": sft_training, "reward": reward_modeling, "ppo": rl_training}
 ROOT = Path(__file__).parent.parent

@@ -21,14 +21,17 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
+from rewards.gold_function import Gold
+from rewards.reward_model import new_reward_model
 from rl_training import PPOArguments, PPOTrainer, ScoreStatistics, number_rows
+from rollout.distribution import Sampling, first_token_ban
+from rollout.model import assemble_ppo_model, start_critic
+from runs.run_files import RunFiles
 from tests.conftest import make_model, make_tokenizer
-from utils.adapters import assemble_ppo_model, enable_jobs, new_reward_model, read_adapter, start_critic
+from utils.adapters import read_adapter
 from utils.arguments import LoraArguments
 from utils.data import tokenize_prompts
-from rewards.gold_function import Gold
-from runs.run_files import RunFiles
-from rollout.sampler import Sampling, first_token_ban
+from utils.heads import enable_jobs
 
 PROMPTS = ["你好", "a", "What is the capital of France?", "火锅", "dogs", "the cat sat on the mat", "tea", "apple soup"]
 PROMPTS += ["苹果 香蕉", "rice?", "in the park, didn't it?", "熊猫 很可爱"]

@@ -8,12 +8,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
+from inference.side_by_side import answer_sampling, reply_seed
+from rollout.sampler import sample_replies
 from tests.conftest import make_tokenizer
 from tests.helpers import load_with_jobs, make_stages, save_lively_base, strengthen
-from utils.adapters import base_fingerprint
-from inference.side_by_side import answer_sampling, reply_seed
+from utils.base_model import base_fingerprint
 from utils.data import encode_prompt
-from rollout.sampler import sample_replies
 
 TEMPLATE = "Q: {prompt}\nA:"
 LENGTH = 12  # tokens of the longest reply

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.forks import from_server
-from utils.arguments import keep_freed_memory, run_script
 from runs.memory_plan import resident_bytes
+from tests.forks import from_server
+from utils.console import keep_freed_memory, run_script
 
 BLOCK = 24 << 20  # bytes: large enough that glibc gives it back to Linux, unless it is told otherwise
 

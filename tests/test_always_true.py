@@ -13,6 +13,10 @@ from transformers import AutoModelForSequenceClassification
 from trl import SFTConfig, SFTTrainer
 
 from rl_training import Experience, PPOTrainer, ScoreStatistics, read_statistics
+from rollout import distribution
+from rollout.batch import make_batch
+from rollout.logprobs import reply_job
+from rollout.model import assemble_ppo_model
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.helpers import (
     Stages,
@@ -26,19 +30,11 @@ from tests.helpers import (
     save_reward,
     wake_value_head,
 )
-from utils import ppo, rollout
-from utils.adapters import (
-    REFERENCE,
-    REWARD,
-    assemble_ppo_model,
-    load_value_head,
-    read_adapter,
-    score_job,
-    use_adapter,
-)
+from utils import batching, ppo
+from utils.adapters import REFERENCE, REWARD, read_adapter, use_adapter
 from utils.data import encode_reply, tokenize_preferences, tokenize_prompts, tokenize_sft
-from runs.run_files import read_jsonl
-from rollout.sampler import make_batch, reply_job
+from utils.files import read_jsonl
+from utils.heads import load_value_head, score_job
 
 PAD, EOS = 0, 2
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
@@ -457,8 +453,8 @@ def test_the_gradient_is_that_of_a_plain_implementation(
     The reference is autograd through transformers' own forward pass, logits of every position, one row at a time, with the
     loss written out as in the papers.
     """
-    monkeypatch.setattr(rollout, "TILE", 64)
-    monkeypatch.setitem(rollout.PASS_OVERHEAD, "cpu", 0.0)  # one length a part
+    monkeypatch.setattr(distribution, "TILE", 64)
+    monkeypatch.setitem(batching.PASS_OVERHEAD, "cpu", 0.0)  # one length a part
     settings = {"ppo_epochs": 1, "max_grad_norm": 0.0, "mini_batch_size": 8, **arguments}
     trainer = make_ppo_trainer(stages, tmp_path, **settings)
     experience = ragged_experience(trainer)

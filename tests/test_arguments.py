@@ -24,15 +24,16 @@ from tests.conftest import make_model
 from utils.adapters import resolve_target_modules
 from utils.arguments import (
     DataArguments,
-    InputError,
     LoraArguments,
     ModelArguments,
     choose_precision,
     default_autocast,
     parse_arguments,
 )
+from utils.console import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("utils", "rollout", "rewards", "runs", "reporting", "inference")
 
 
 @dataclass
@@ -161,7 +162,8 @@ def names_read(path):
 
 @pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
 def test_every_argument_is_read(kind):
-    used = set().union(*(names_read(path) for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py")]))
+    sources = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))]
+    used = set().union(*map(names_read, sources))
     base = next((parent for parent in kind.__mro__[1:] if parent in (TrainingArguments, sft_training.SFTConfig)), None)
     inherited = {each.name for each in dataclasses.fields(base)} if base else set()  # the Trainer reads these
     own = [each.name for each in dataclasses.fields(kind) if each.name not in inherited]
@@ -348,7 +350,7 @@ def test_a_log_file_has_the_lines_in_order(tmp_path):
     the console lines of the iterations before it, and a long run's log stayed empty.
     """
     script = (
-        "from utils.arguments import InputError, run_script\n"
+        "from utils.console import InputError, run_script\n"
         "def main():\n    print('iteration 1')\n    raise InputError('it ends here')\nrun_script(main)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

@@ -1,4 +1,4 @@
-"""scripts/baichuan/convert.py: downloaded folders of both 7B generations become Llama folders with the same outputs.
+"""scripts/convert_baichuan.py: downloaded folders of both 7B generations become Llama folders with the same outputs.
 
 The original is written out in tests/baichuan.py with torch alone.  The result is loaded with plain
 transformers, as anybody would; tests/test_baichuan_errors.py has what is refused.
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import reward_modeling
 import rl_training
 import sft_training
-from scripts import convert_baichuan
+from scripts.baichuan import convert as converter
 from tests.baichuan import (
     HIDDEN,
     LAYERS,
@@ -36,8 +36,10 @@ from tests.baichuan import (
     write_shards,
 )
 from tests.test_article import PPO_COMMAND, REWARD_COMMAND, filled, start, warnings_of
-from utils.adapters import attach_adapter, load_base, load_tokenizer, read_adapter
-from utils.arguments import InputError, ModelArguments
+from utils.adapters import attach_adapter, read_adapter
+from utils.arguments import ModelArguments
+from utils.base_model import load_base, load_tokenizer
+from utils.console import InputError
 
 TOKENIZERS = {1: ("nmt_nfkc", True), 2: ("identity", False)}
 
@@ -233,12 +235,12 @@ def test_the_old_format_of_torch(tmp_path, monkeypatch, tokenizer_files):
 def test_generations_are_told_apart(tmp_path, change, code, normalised):
     if code is not None:
         (tmp_path / "modeling_baichuan.py").write_text(f"raise SystemExit('it was run')\n{code}\n")
-    assert convert_baichuan.normalises_head(str(tmp_path), {**make_config(1, 600), **change}) is normalised
+    assert converter.normalises_head(str(tmp_path), {**make_config(1, 600), **change}) is normalised
 
 
 def test_one_file_of_weights_in_memory_at_a_time(tmp_path, monkeypatch, tokenizer_files):
     write_baichuan(tmp_path / "source", 2, tokenizer_files[2], 600, "bin", 5)
-    read, alive = convert_baichuan.read_tensors, []
+    read, alive = converter.read_tensors, []
 
     def watched(path):
         assert not [reference for reference in alive if reference() is not None]
@@ -246,7 +248,7 @@ def test_one_file_of_weights_in_memory_at_a_time(tmp_path, monkeypatch, tokenize
         alive.extend(weakref.ref(tensor) for tensor in tensors.values())
         return tensors
 
-    monkeypatch.setattr(convert_baichuan, "read_tensors", watched)
+    monkeypatch.setattr(converter, "read_tensors", watched)
     convert(monkeypatch, "--model", tmp_path / "source", "--output", tmp_path / "llama")
     assert len(alive) == len(make_weights(600))
 
@@ -341,5 +343,5 @@ def test_a_base_that_was_not_converted_names_the_converter(tmp_path, tokenizer_f
     """transformers would ask on the terminal whether it may run the folder's code, which does not work anyway."""
     write_baichuan(tmp_path / "source", 1, tokenizer_files[1], 600)
     args = ModelArguments(model_name_or_path=str(tmp_path / "source"), trust_remote_code=trust)
-    with pytest.raises(InputError, match=r"is a Baichuan model.*scripts/baichuan/convert.py --model FOLDER --output"):
+    with pytest.raises(InputError, match=r"is a Baichuan model.*scripts/convert_baichuan.py --model FOLDER --output"):
         load(args)

@@ -1,4 +1,4 @@
-"""scripts/baichuan/convert.py where it has to refuse: one line that says what is wrong, exit code 2, no folder."""
+"""scripts/convert_baichuan.py where it has to refuse: one line that says what is wrong, exit code 2, no folder."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scripts import convert_baichuan
+from scripts.baichuan import convert as converter
 from tests.baichuan import convert, train_sentencepiece, write_adapter, write_baichuan, write_shards
 from tests.helpers import own_lines
 
@@ -259,12 +259,12 @@ def test_weights_that_the_disk_changed(refused, monkeypatch):
     def careless(tensors, path, metadata):
         save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1e-3}, path, metadata)
 
-    monkeypatch.setattr(convert_baichuan, "save_file", careless)
+    monkeypatch.setattr(converter, "save_file", careless)
     refused("model.norm.weight is read back otherwise than it was written")
 
 
 def test_ids_that_only_rare_texts_get_wrong_are_a_warning(source, monkeypatch, capfd):
-    monkeypatch.setattr(convert_baichuan, "check_tokenizer", lambda *_: 3)
+    monkeypatch.setattr(converter, "check_tokenizer", lambda *_: 3)
     convert(monkeypatch, "--model", source, "--output", source.parent / "llama")
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning:")]
     assert lines == ["warning: 3 texts made of the whole vocabulary get other ids than from sentencepiece"]
@@ -276,7 +276,7 @@ def test_as_a_command(source):
         (source / f"{name}.py").write_text("raise SystemExit('it was run')\n")
 
     def run():
-        words = [sys.executable, ROOT / "scripts/baichuan/convert.py", "--model", "source", "--output", "llama"]
+        words = [sys.executable, ROOT / "scripts/convert_baichuan.py", "--model", "source", "--output", "llama"]
         return subprocess.run(words, cwd=source.parent, capture_output=True, text=True, timeout=300, check=False)
 
     done = run()

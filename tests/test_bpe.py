@@ -8,9 +8,9 @@ from tokenizers import normalizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer
 
-from tests.baichuan import shuffle_ids, train_sentencepiece
-from utils.arguments import InputError
 from scripts.baichuan.bpe import check_tokenizer, fast_tokenizer, merges_by_score, read_sentencepiece
+from tests.baichuan import shuffle_ids, train_sentencepiece
+from utils.console import InputError
 
 MODELS = {
     "Baichuan-7B": train_sentencepiece("nmt_nfkc", prefix=True),

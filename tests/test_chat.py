@@ -20,13 +20,13 @@ from peft import PeftModel
 from transformers.generation.streamers import BaseStreamer
 
 import chat
+from inference import web_chat
+from inference.side_by_side import Talkers, answer_sampling
+from rollout.sampler import sample_replies
 from tests.conftest import make_tokenizer
 from tests.helpers import load_with_jobs
 from tests.lineup import LENGTH, TEMPLATE, Lineup, expected, make_lineup, score_of
-from utils import web_chat
-from inference.side_by_side import Talkers, answer_sampling
-from utils.arguments import RunError, run_script
-from rollout.sampler import sample_replies
+from utils.console import RunError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 

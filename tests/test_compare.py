@@ -16,16 +16,23 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 import compare
+from inference.side_by_side import (
+    Reply,
+    agreed_template,
+    answer_sampling,
+    answer_samplings,
+    read_named_adapters,
+    reply_seed,
+)
+from rewards.reward_card import wilson_interval
+from rollout.sampler import sample_replies
 from tests.conftest import make_tokenizer, save_base, write_rows
 from tests.helpers import load_with_jobs, save_sft
 from tests.lineup import TEMPLATE, Lineup, make_lineup, write_run
 from tests.pages import Page
 from utils.adapters import read_adapter
-from inference.side_by_side import Reply, agreed_template, answer_sampling, answer_samplings, read_named_adapters, reply_seed
-from utils.arguments import InputError, run_script
+from utils.console import InputError, run_script
 from utils.data import encode_prompt
-from rollout.sampler import sample_replies
-from utils.statistics import wilson_interval
 
 NASTY = "a | b\n<script>alert(1)</script> *x* مرحبا 😀"
 PROMPTS = ["What is tea?", "你好", NASTY, "dogs", "the cat sat on the mat"]

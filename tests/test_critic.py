@@ -8,6 +8,7 @@ import torch
 
 import rl_training
 from rl_training import ScoreStatistics
+from rollout.batch import make_batch
 from tests.conftest import write_rows
 from tests.helpers import (
     PROMPTS,
@@ -17,9 +18,9 @@ from tests.helpers import (
     queries_of,
     run_main,
 )
-from utils.adapters import POLICY, REWARD, add_score_head, attach_adapter, enable_jobs, read_adapter, score_job
-from runs.run_files import read_jsonl
-from rollout.sampler import make_batch
+from utils.adapters import POLICY, REWARD, attach_adapter, read_adapter
+from utils.files import read_jsonl
+from utils.heads import add_score_head, enable_jobs, score_job
 
 
 def tensors(trainer: rl_training.PPOTrainer) -> dict[str, torch.Tensor]:

@@ -7,11 +7,12 @@ from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 
 from tests.conftest import make_tokenizer, write_rows
-from utils.arguments import DataArguments, InputError
+from utils.arguments import DataArguments
+from utils.batching import pad_right
+from utils.console import InputError
 from utils.data import (
     encode_prompt,
     format_prompt,
-    pad_right,
     read_dataset,
     tokenize_preferences,
     tokenize_prompts,

@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from runs.checkpoints import find_fault
 from tests.conftest import make_tokenizer
 from tests.forks import start, wait_until
 from tests.stress.kill_and_resume import arguments_of, newest_whole, steps_done
-from utils.arguments import RunError
-from runs.checkpoints import find_fault, saving
-from runs.run_files import append_jsonl, write_json
+from utils.console import RunError
+from utils.files import append_jsonl, saving, write_json
 
 
 def last_line(folder: Path) -> str:

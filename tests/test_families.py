@@ -21,21 +21,15 @@ import merge_lora
 import reward_modeling
 import rl_training
 import sft_training
+from rollout.batch import Batch, make_batch
+from rollout.distribution import Sampling
+from rollout.logprobs import reply_job
+from rollout.model import assemble_ppo_model
 from tests.conftest import FAMILIES, save_base
 from tests.helpers import load_plain, run_main
-from utils.adapters import (
-    POLICY,
-    REFERENCE,
-    REWARD,
-    assemble_ppo_model,
-    load_value_head,
-    load_weights,
-    read_adapter,
-    score_job,
-    use_adapter,
-)
-from runs.run_files import read_jsonl
-from rollout.sampler import Batch, Sampling, make_batch, reply_job
+from utils.adapters import POLICY, REFERENCE, REWARD, load_weights, read_adapter, use_adapter
+from utils.files import read_jsonl
+from utils.heads import load_value_head, score_job
 
 QUERIES = [[5, 9, 33, 7], [41], [100, 60, 61, 62, 63, 64, 65]]
 RESPONSES = [[12, 300, 2], [90, 91, 92, 93, 94, 95, 2], [17]]  # the last one was cut: it has no EOS

@@ -17,22 +17,15 @@ import merge_lora
 import reward_modeling
 import rl_training
 import sft_training
+from runs.memory_plan import base_bytes, empty_base
 from tests.conftest import make_tokenizer, save_base, write_rows
 from tests.helpers import PROMPTS, make_ppo_trainer, make_stages, move_policy, queries_of, run_main, save_lively_base
-from utils.adapters import (
-    add_score_head,
-    attach_adapter,
-    base_fingerprint,
-    enable_jobs,
-    load_base,
-    load_value_head,
-    read_adapter,
-    same_base,
-    score_job,
-)
-from utils.arguments import InputError, ModelArguments
-from runs.memory_plan import base_bytes, empty_base
-from runs.run_files import read_jsonl
+from utils.adapters import attach_adapter, read_adapter
+from utils.arguments import ModelArguments
+from utils.base_model import base_fingerprint, load_base, same_base
+from utils.console import InputError
+from utils.files import read_jsonl
+from utils.heads import add_score_head, enable_jobs, load_value_head, score_job
 
 
 def load_4bit(path):

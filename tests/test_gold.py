@@ -9,16 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 import rl_training
+from reporting.html_report import report_page
+from reporting.plots import CURVES
+from rewards.gold_function import load_gold, try_gold
 from rl_training import Experience
+from rollout.batch import make_batch
 from tests import golds
 from tests.conftest import write_rows
 from tests.helpers import PROMPTS, Stages, make_ppo_trainer, run_main
 from tests.pages import Page
-from utils.arguments import InputError, RunError
-from rewards.gold_function import load_gold, try_gold
-from reporting.html_report import report_page
-from runs.run_files import CURVES, read_jsonl
-from rollout.sampler import make_batch
+from utils.console import InputError, RunError
+from utils.files import read_jsonl
 
 HELD_OUT = ["held-out question", "另一个问题", "one more"]
 

@@ -9,7 +9,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import rl_training
+from rewards.guard import Guard, Limits
 from rl_training import Experience, ScoreStatistics, split_guard_prompts
+from rollout.batch import make_batch
 from tests.conftest import write_rows
 from tests.helpers import (
     PROMPTS,
@@ -19,10 +21,8 @@ from tests.helpers import (
     run_main,
 )
 from utils.adapters import POLICY, REFERENCE, read_adapter
-from utils.arguments import InputError
-from rewards.guard import Guard, Limits
-from runs.run_files import read_jsonl
-from rollout.sampler import make_batch
+from utils.console import InputError
+from utils.files import read_jsonl
 
 PAD, EOS = 0, 2
 CARD = {"score_mean": 0.0, "score_std": 1.0, "passed": True, "failed": []}

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import own_lines
-from tests.pages import Page
-from utils import report
-from utils.arguments import InputError, run_script
+import reporting.__main__
+from reporting.html import POLICY, WEB, embed_json, write_page
 from reporting.html_report import (
     best_count,
     chosen_samples,
@@ -23,8 +21,10 @@ from reporting.html_report import (
     short_names,
     title_of,
 )
-from reporting.html import POLICY, WEB, embed_json, write_page
-from runs.run_files import CURVES
+from reporting.plots import CURVES
+from tests.helpers import own_lines
+from tests.pages import Page
+from utils.console import InputError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 NASTY = "</script><script>alert(1)</script> <!-- مرحبا 😀 \u2028 & \x00 \\u003c"
@@ -311,7 +311,7 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
 def test_as_a_command(tmp_path: Path) -> None:
     """Writes the page where it says; a folder that is no run is one line, exit code 2, and nothing written."""
     folder = write_run(tmp_path / "ppo")
-    command = [sys.executable, "-m", "runs.run_files", folder]
+    command = [sys.executable, "-m", "reporting", folder]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, own_lines(done.stderr)) == (0, f"report: {folder}/report.html\n")
     assert Page(Path(folder, "report.html").read_text(encoding="utf-8")).tables
@@ -326,9 +326,9 @@ def test_as_a_command(tmp_path: Path) -> None:
 )
 def test_mistakes_are_one_line(tmp_path: Path, monkeypatch, capsys, folder: str, output: str, message: str) -> None:
     write_run(tmp_path / "ppo")
-    monkeypatch.setattr(sys, "argv", ["runs.run_files", f"{tmp_path}/{folder}", "--output", f"{tmp_path}/{output}"])
+    monkeypatch.setattr(sys, "argv", ["reporting", f"{tmp_path}/{folder}", "--output", f"{tmp_path}/{output}"])
     with pytest.raises(SystemExit) as stop:
-        run_script(report.main)
+        run_script(reporting.__main__.main)
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {message.format(tmp_path)}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["ppo"]

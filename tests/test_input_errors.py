@@ -25,8 +25,9 @@ import rl_training
 import sft_training
 from tests.conftest import make_tokenizer, save_base, write_rows
 from tests.helpers import load_plain, make_stages, save_sft
-from utils.adapters import base_fingerprint
-from utils.arguments import DEFAULT_TEMPLATE, DataArguments, InputError, check_new_folder, run_script
+from utils.arguments import DEFAULT_TEMPLATE, DataArguments, check_new_folder
+from utils.base_model import base_fingerprint
+from utils.console import InputError, run_script
 from utils.data import read_dataset, tokenize_preferences, tokenize_prompts, tokenize_sft, train_and_eval_rows
 from utils.sharding import check_state_dict
 

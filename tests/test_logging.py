@@ -13,8 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import reward_modeling
 import rl_training
 import sft_training
+from reporting.plots import draw_curves
+from reporting.progress import iteration_line
 from tests.helpers import make_stages, run_main, save_lively_base
-from runs.run_files import draw_curves, drop_rows_after, iteration_line, read_jsonl
+from utils.files import drop_rows_after, read_jsonl
 
 STEPS, BATCH, TEMPLATE = 3, 4, "Q: {prompt}\nA:"
 PPO_METRICS = {  # the ones that DESIGN.md promises

@@ -16,19 +16,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging
 
 import merge_lora
+from rewards.reward_model import new_reward_model
+from rollout.model import assemble_ppo_model
 from tests.conftest import make_model, make_tokenizer, save_base
 from tests.helpers import Stages, load_plain, load_with_jobs, make_stages, own_lines, strengthen
-from utils.adapters import (
-    REWARD,
-    add_score_head,
-    assemble_ppo_model,
-    base_fingerprint,
-    load_base,
-    new_reward_model,
-    read_adapter,
-    score_job,
-)
-from utils.arguments import InputError, LoraArguments, ModelArguments, run_script
+from utils.adapters import REWARD, read_adapter
+from utils.arguments import LoraArguments, ModelArguments
+from utils.base_model import base_fingerprint, load_base
+from utils.console import InputError, run_script
+from utils.heads import add_score_head, score_job
 
 CAUSAL_FILES = {
     "config.json",

@@ -18,6 +18,7 @@ import reward_modeling
 import rl_training
 import sft_training
 from rl_training import PPOTrainer
+from rollout.sampler import draw_replies, sample_replies
 from tests.conftest import make_tokenizer, write_rows
 from tests.forks import run_jobs, run_two
 from tests.helpers import (
@@ -29,9 +30,8 @@ from tests.helpers import (
     queries_of,
     run_main,
 )
-from utils.arguments import RunError
-from runs.run_files import read_jsonl
-from rollout.sampler import draw_replies, sample_replies
+from utils.console import RunError
+from utils.files import read_jsonl
 
 POISON = "熊"  # whose tokens only the prompts with it hold
 

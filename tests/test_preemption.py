@@ -13,7 +13,7 @@ import pytest
 
 from tests.forks import ROOT, start, wait_until
 from tests.stress.kill_and_resume import STEPS, arguments_of, newest_whole, steps_done
-from runs.run_files import read_jsonl
+from utils.files import read_jsonl
 
 CLOCK = re.compile("seconds|per_second|runtime")
 

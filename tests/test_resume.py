@@ -19,13 +19,13 @@ from transformers import TrainingArguments
 import reward_modeling
 import rl_training
 import sft_training
+from runs import checkpoints
+from runs.checkpoints import find_fault, resume_path, seal
 from tests.conftest import write_rows
 from tests.helpers import PROMPTS, Stages, run_main
 from tests.stress import kill_and_resume
-from utils import checkpoints
-from utils.arguments import InputError
-from runs.checkpoints import find_fault, resume_path, seal
-from runs.run_files import read_jsonl
+from utils.console import InputError
+from utils.files import read_jsonl
 
 CLOCK = re.compile("seconds|per_second|runtime")
 

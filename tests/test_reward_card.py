@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.arguments import InputError
+from reporting.plots import draw_card
 from rewards.reward_card import (
+    CARD_FILE,
     accuracy,
     calibration_error,
     card_table,
@@ -20,8 +21,9 @@ from rewards.reward_card import (
     pair_measures,
     read_card,
     verdict,
-    write_card,
 )
+from utils.console import InputError
+from utils.files import write_json
 
 CARD = {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "probes": {"empty": 1.0, "cut_50": 0.94}}
 
@@ -142,7 +144,8 @@ def test_the_table_shows_what_failed() -> None:
 
 def test_written_and_read(tmp_path: Path) -> None:
     card = whole_card()
-    write_card(card, {"good": np.ones(5), "empty": np.zeros(5)}, str(tmp_path))
+    write_json(card, str(tmp_path), CARD_FILE)
+    draw_card(card, {"good": np.ones(5), "empty": np.zeros(5)}, str(tmp_path))
     assert read_card(str(tmp_path)) == json.loads(json.dumps(card))
     with Image.open(tmp_path / "reward_card.png") as picture:
         assert len(np.unique(np.asarray(picture.convert("L")))) > 10

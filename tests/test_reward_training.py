@@ -11,24 +11,16 @@ from torch import Tensor
 
 import reward_modeling
 from reward_modeling import RewardDataArguments, add_broken_pairs, length_penalty, pairwise_loss
+from rewards.broken_replies import KINDS
+from rewards.reward_model import ensemble_score, member_folders, member_scores, reward_scores
+from rollout.model import assemble_ppo_model
 from tests.conftest import make_tokenizer, write_rows
 from tests.helpers import load_plain, make_stages, run_main, save_lively_base, save_sft
-from utils.adapters import (
-    POLICY,
-    add_score_head,
-    assemble_ppo_model,
-    attach_adapter,
-    enable_jobs,
-    ensemble_score,
-    member_folders,
-    member_scores,
-    read_adapter,
-    reward_scores,
-    score_job,
-)
-from utils.arguments import InputError
-from utils.data import pad_right, tokenize_preferences
-from rewards.broken_replies import KINDS
+from utils.adapters import POLICY, attach_adapter, read_adapter
+from utils.batching import pad_right
+from utils.console import InputError
+from utils.data import tokenize_preferences
+from utils.heads import add_score_head, enable_jobs, score_job
 
 WORDS = ["tea", "coffee", "soup", "bread", "rice", "cats", "dogs", "fish", "trees", "cars", "books", "songs"]
 ASKED = ["What about {}?", "Tell me of {}.", "Do you know {}?"]

@@ -14,6 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from rollout import distribution, sampler
+from rollout.batch import Batch, ReplyStatistics, make_batch
+from rollout.distribution import Sampling
+from rollout.logprobs import reply_job
+from rollout.sampler import draw_replies, sample_replies
 from tests.conftest import FAMILIES, make_model
 from tests.helpers import (
     Stages,
@@ -25,20 +30,10 @@ from tests.helpers import (
     queries_of,
     wake_value_head,
 )
-from utils import rollout
-from utils.adapters import REFERENCE, enable_jobs, use_adapter
-from utils.arguments import InputError
-from rollout.sampler import (
-    Batch,
-    ReplyStatistics,
-    Sampling,
-    draw_replies,
-    make_batch,
-    pass_limits,
-    reply_job,
-    sample_replies,
-    split_by_length,
-)
+from utils.adapters import REFERENCE, use_adapter
+from utils.batching import pass_limits, split_by_length
+from utils.console import InputError
+from utils.heads import enable_jobs
 
 PAD, EOS = 0, 2
 QUERIES = [[5, 9, 9, 30, 7, 5, 11, 260, 31], [40, 41], [PAD, 6, EOS, 6], [17] * 6]  # a pad and an EOS that are meant
@@ -207,7 +202,7 @@ def test_what_was_sampled_has_the_logprobs_of_its_own_draw() -> None:
     enable_jobs(model)
     seeds = [8, 9, 10, 11]
     replies = sample_replies(model, QUERIES, seeds, SHAPED)
-    uniforms = rollout.uniform_streams(seeds, SHAPED.max_new_tokens)
+    uniforms = sampler.uniform_streams(seeds, SHAPED.max_new_tokens)
     for query, reply, stream in zip(QUERIES, replies, uniforms, strict=True):
         cumulative = independent_logits(model, query, reply, SHAPED).double().softmax(-1).cumsum(-1)  # [T, V]
         for token, number, part in zip(reply, stream, cumulative, strict=False):
@@ -278,7 +273,7 @@ def test_no_tensor_of_batch_by_length_by_vocabulary(
 ) -> None:
     """Logits of prompt + reply positions are what runs out of memory first: 32 x 1024 x 150,000 floats are 18 GiB."""
     vocabulary, hidden, count, tile = 320, 32, 8, 80
-    monkeypatch.setattr(rollout, "TILE", tile)
+    monkeypatch.setattr(distribution, "TILE", tile)
     trainer = make_ppo_trainer(stages, tmp_path, batch_size=count, mini_batch_size=count, ppo_epochs=1)
     trainer.create_optimizer_and_scheduler(1)
     queries = queries_of(trainer, count)
@@ -312,7 +307,7 @@ def test_tokens_are_found_by_blocks_as_by_one_running_sum(size: int) -> None:
     probabilities[:, -2:] = 0
     uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
     uniforms[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])
-    tokens = rollout.inverse_cumulative(probabilities, uniforms)
+    tokens = sampler.inverse_cumulative(probabilities, uniforms)
     assert (probabilities.gather(1, tokens[:, None]) > 0).all()
     running = probabilities.double().cumsum(1)
     target = uniforms * running[:, -1]
@@ -330,13 +325,13 @@ def test_a_draw_at_the_very_edge_of_a_block() -> None:
     ends = probabilities.unflatten(1, (2, 256)).sum(-1).cumsum(1, dtype=torch.float64)
     edge = ends[:, 0] / ends[:, 1]
     for uniforms in (edge - 1e-16, edge, edge + 1e-16):
-        tokens = rollout.inverse_cumulative(probabilities, uniforms)
+        tokens = sampler.inverse_cumulative(probabilities, uniforms)
         assert set(tokens.tolist()) <= {249, 300}
 
 
 def test_a_tile_whose_tokens_are_all_suppressed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its largest logit is -inf: relative to that there is no sum, and the log-prob became NaN."""
-    monkeypatch.setattr(rollout, "TILE", 3)
+    monkeypatch.setattr(distribution, "TILE", 3)
     sampling = replace(PLAIN, begin_suppress_tokens=(0, 1, 2))  # the first tile
     model = lively(make_model("llama"))
     wanted = [independent_logprobs(model, *row, sampling) for row in zip(QUERIES, RESPONSES, strict=True)]
@@ -356,8 +351,8 @@ def test_chunks_change_neither_values_nor_gradients(
 
     The reference is plain autograd through transformers alone, one unpadded row at a time.
     """
-    monkeypatch.setitem(rollout.LOGIT_CHUNK, "cpu", chunk_rows * 320)
-    monkeypatch.setattr(rollout, "TILE", 7)
+    monkeypatch.setitem(distribution.LOGIT_CHUNK, "cpu", chunk_rows * 320)
+    monkeypatch.setattr(distribution, "TILE", 7)
     sampling = replace(SHAPED, begin_suppress_tokens=(5,))
     model = lively(make_model("llama"))
     model.config.tie_word_embeddings = False
@@ -466,7 +461,9 @@ def test_adding_padding_columns_changes_nothing(stages: Stages, tmp_path: Path) 
 def test_logits_of_known_families_pass_the_check(family: str) -> None:
     base = make_model(family)
     enable_jobs(base)
-    rollout.check_output_logits(get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")))
+    distribution.check_output_logits(
+        get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    )
 
 
 def test_an_unknown_soft_cap_is_refused() -> None:
@@ -483,7 +480,7 @@ def test_an_unknown_soft_cap_is_refused() -> None:
     enable_jobs(base)
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     with pytest.raises(InputError, match="changes its logits"):
-        rollout.check_output_logits(model)
+        distribution.check_output_logits(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

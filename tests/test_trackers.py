@@ -20,10 +20,10 @@ from wandb.proto import wandb_internal_pb2
 
 import reward_modeling
 import rl_training
-from tests.helpers import make_stages, run_main, save_lively_base
-from utils.arguments import InputError
-from runs.run_files import read_jsonl
 from reporting.trackers import SAMPLES, Grouped, TensorBoardTracker, show_card, tracker_name, use_grouped_names
+from tests.helpers import make_stages, run_main, save_lively_base
+from utils.console import InputError
+from utils.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH, TEMPLATE = 3, 4, "Q: {prompt}\nA:"

@@ -22,7 +22,7 @@ from tests.conftest import write_rows
 from tests.forks import free_port, run_jobs, run_two
 from tests.helpers import PROMPTS, Stages, run_main
 from tests.sharded import launcher_environment
-from runs.run_files import read_jsonl
+from utils.files import read_jsonl
 
 ROOT = Path(__file__).parent.parent
 

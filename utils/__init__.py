@@ -1,1 +1,1 @@
-"""What the scripts share: utils imports no script, and its modules do not import each other in circles."""
+"""What all stages share: console, arguments, data, base model, adapters, heads, PPO's arithmetic, files."""

@@ -14,15 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset, DatasetDict, LargeList, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from utils.arguments import DataArguments, InputError, is_main_process, one_line, say
+from utils.arguments import DataArguments
+from utils.console import InputError, is_main_process, one_line, say
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
 Prompt = str | list[Message]  # a plain question, or the turns of a dialogue that ends with the user's
@@ -422,7 +421,8 @@ def tokenize_preferences(
 ) -> Dataset:
     """Columns chosen_ids, rejected_ids (prompt + reply + EOS), query_length, length, margin and kind of every usable pair.
 
-    margin: how much better the chosen reply is, from a column of that name, else 0.  kind: "", see rewards/broken_replies.py.
+    margin: how much better the chosen reply is, from a column of that name, else 0.  kind: "", see
+    rewards/broken_replies.py.
 
     A pair in which either side is longer than `max_length` is dropped, or with overlong="cut" both of its replies are
     cut to the same number of tokens and lose their EOS: a reply that was cut must not pass for a short or an unfinished
@@ -517,14 +517,3 @@ def _map_and_count(
             "at the end of a reply it does no harm, elsewhere remove it"
         )
     return Dataset.from_list(kept)
-
-
-def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ragged ids -> (ids int64 [B, L], attention mask int64 [B, L]), padded on the right to the longest one."""
-    length = max(map(len, sequences))
-    ids = torch.full((len(sequences), length), pad_id)
-    mask = torch.zeros((len(sequences), length), dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, : len(sequence)] = 1
-    return ids, mask

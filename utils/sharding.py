@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 from transformers.integrations import deepspeed as deepspeed_integration
 
-from utils.arguments import InputError
+from utils.console import InputError
 
 
 def is_sharded(model: nn.Module) -> bool:

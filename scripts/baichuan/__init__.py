@@ -1,0 +1,1 @@
+"""Baichuan's own layout, converted once to Llama's."""

@@ -1,7 +1,7 @@
 """Put a downloaded Baichuan-7B or Baichuan2-7B folder into Llama's layout, which transformers runs without remote code.
 
     pip install -r requirements-baichuan.txt
-    python scripts/baichuan/convert.py --model DOWNLOADED --output models/baichuan2-7b [--adapter W_PACK_ADAPTER ...]
+    python scripts/convert_baichuan.py --model DOWNLOADED --output models/baichuan2-7b [--adapter W_PACK_ADAPTER ...]
 
 Both generations are Llama with the attention's q, k and v in one matrix, `W_pack`: its rows are split in three, and
 nothing else changes.  Baichuan2 also normalises the rows of its output head in each forward pass; they are written
@@ -18,11 +18,9 @@ are checked before the folder gets its name; a run that fails leaves nothing beh
 import json
 import os
 import pickle
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +31,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a file, Python looks in scripts/ alone
-
-from utils.arguments import InputError, check_new_folder, one_line, parse_arguments, run_script, say
 from scripts.baichuan.bpe import check_tokenizer, fast_tokenizer, read_sentencepiece
-from runs.run_files import folder_when_done, write_json
+from utils.arguments import check_new_folder, parse_arguments
+from utils.console import InputError, one_line, say
+from utils.files import folder_when_done, write_json
 
 BAICHUAN2_VOCABULARY = 125696
 SPLIT = ("q_proj", "k_proj", "v_proj")
@@ -379,7 +376,3 @@ def main() -> None:
     say(f"converted model: {args.output} ({len(sums)} tensors, {llama.dtype})")
     for name in adapters:
         say(f"converted adapter: {os.path.join(args.output, 'adapters', name)}")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from compare import as_html
-from tests.browser.chromium import Browser, contrast, luminance
-from reporting.html_report import report_page
 from reporting.html import write_page
-from runs.run_files import CURVES
+from reporting.html_report import report_page
+from reporting.plots import CURVES
+from tests.browser.chromium import Browser, contrast, luminance
 
 SCRIPT = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">"
 ARABIC, EMOJI, LONG = "مرحبا، كيف حالك؟", "😀 👩‍👩‍👧‍👦 \u2028 end", "long 长 " * 3000

@@ -14,7 +14,7 @@ import pytest
 
 from tests.browser.chromium import Browser, contrast, luminance
 from tests.lineup import LENGTH, Lineup, expected, make_lineup, score_of
-from utils.arguments import printable
+from utils.console import printable
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\"> ${1+1} {{1+1}}"

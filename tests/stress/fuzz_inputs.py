@@ -28,23 +28,17 @@ from datasets import Dataset, disable_progress_bars
 from transformers.utils import logging
 
 from reward_modeling import RewardArguments, RewardDataArguments
+from rewards.reward_model import load_reward
 from rl_training import PPOArguments, read_statistics
 from sft_training import SFTArguments
 from tests.conftest import make_tokenizer, save_base
 from tests.helpers import load_plain, make_stages
-from utils.adapters import (
-    REFERENCE,
-    add_score_head,
-    attach_adapter,
-    base_fingerprint,
-    check_adapter,
-    enable_jobs,
-    load_adapter,
-    load_reward,
-    read_adapter,
-)
-from utils.arguments import DataArguments, InputError, LoraArguments, ModelArguments, parse_arguments
+from utils.adapters import REFERENCE, attach_adapter, check_adapter, load_adapter, read_adapter
+from utils.arguments import DataArguments, LoraArguments, ModelArguments, parse_arguments
+from utils.base_model import base_fingerprint
+from utils.console import InputError
 from utils.data import tokenize_preferences, tokenize_prompts, tokenize_sft, train_and_eval_rows
+from utils.heads import add_score_head, enable_jobs
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 ROWS: list[list[dict[str, Any]]] = [

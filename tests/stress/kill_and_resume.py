@@ -20,11 +20,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runs.checkpoints import UNFINISHED, find_fault
 from tests.conftest import write_rows
 from tests.forks import start, wait_until
 from tests.helpers import PROMPTS, make_stages, save_lively_base
-from runs.checkpoints import UNFINISHED, find_fault
-from runs.run_files import read_jsonl
+from utils.files import read_jsonl
 
 STEPS, SAVE = 24, 4
 AIMS = ("at any moment", "while it saved", "at any moment", "while it saved", "while it started")

@@ -3,7 +3,6 @@
 import pytest
 from datasets import Dataset
 
-from tests.conftest import make_tokenizer
 from rewards.broken_replies import (
     BLANKS,
     KINDS,
@@ -16,6 +15,7 @@ from rewards.broken_replies import (
     script_of,
     words_of,
 )
+from tests.conftest import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 EOS = TOKENIZER.eos_token_id

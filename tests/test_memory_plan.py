@@ -12,12 +12,16 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 import reward_modeling
 import rl_training
 import sft_training
+from rewards.reward_model import new_reward_model
 from rl_training import PPOArguments
+from rollout import distribution
+from rollout.model import assemble_ppo_model
+from runs import memory_plan
 from tests.conftest import FAMILIES, save_base
 from tests.helpers import load_plain, make_stages, run_main
-from utils import plan, rollout
-from utils.adapters import assemble_ppo_model, new_reward_model, read_adapter
-from utils.arguments import InputError, LoraArguments, ModelArguments
+from utils.adapters import read_adapter
+from utils.arguments import LoraArguments, ModelArguments
+from utils.console import InputError
 
 # The tests' Llama, in numbers: 2 embeddings of 320 x 32; in each of 2 layers q and o of 32 x 32, k and v of 16 x 32, three
 # matrices of 64 x 32 and two norms of 32; a norm; and the 4 frequencies of RoPE, which transformers keeps twice.
@@ -30,7 +34,7 @@ def on_cpu(**arguments):
 
 
 def empty(path, dtype=torch.float32):
-    return plan.empty_base(ModelArguments(path), dtype)
+    return memory_plan.empty_base(ModelArguments(path), dtype)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +55,15 @@ def ppo_model(base, stages, critic=False):
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_bytes_of_the_base_by_hand(base_path, dtype, size):
-    assert plan.base_bytes(empty(base_path, dtype), load_in_4bit=False) == WEIGHTS * size + 2 * 4 * 4
+    assert memory_plan.base_bytes(empty(base_path, dtype), load_in_4bit=False) == WEIGHTS * size + 2 * 4 * 4
 
 
 def test_bytes_of_a_base_in_4_bit_by_hand(base_path):
     """Each matrix: half a byte a weight, a byte a block of 64, four bytes for the one group of at most 256 blocks."""
     rest = (WEIGHTS - MATRICES) * 4 + 2 * 4 * 4
-    assert plan.base_bytes(empty(base_path), load_in_4bit=True) == rest + MATRICES // 2 + MATRICES // 64 + 2 * 7 * 4
+    assert (
+        memory_plan.base_bytes(empty(base_path), load_in_4bit=True) == rest + MATRICES // 2 + MATRICES // 64 + 2 * 7 * 4
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -72,13 +78,13 @@ def test_empty_models_are_as_large_as_real_ones(tmp_path, family):
 
     assert next(shapes.get_base_model().parameters()).is_meta
     assert trains(shapes) == trains(real)
-    tensors = [plan.tensor_bytes([*model.parameters(), *model.buffers()]) for model in (shapes, real)]
+    tensors = [memory_plan.tensor_bytes([*model.parameters(), *model.buffers()]) for model in (shapes, real)]
     assert tensors[0] == tensors[1]
 
 
 def test_a_tied_embedding_counts_once():
     weight = torch.zeros(10, 3)
-    assert plan.tensor_bytes([weight, weight, torch.zeros(2, dtype=torch.bfloat16)]) == 124
+    assert memory_plan.tensor_bytes([weight, weight, torch.zeros(2, dtype=torch.bfloat16)]) == 124
 
 
 @pytest.mark.parametrize("name", ["adamw_torch_fused", "adafactor", "sgd"])
@@ -91,12 +97,12 @@ def test_optimizer_state_is_what_the_trainers_optimizer_has(name):
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     counted = sum(value.numel() * value.element_size() for value in states if value.dim() > 0)
-    assert plan.optimizer_bytes([p.shape for p in model.parameters()], name) == counted
+    assert memory_plan.optimizer_bytes([p.shape for p in model.parameters()], name) == counted
 
 
 @pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_8bit"])
 def test_8_bit_optimizers_keep_two_bytes_a_weight(name):
-    assert plan.optimizer_bytes([torch.Size([6, 4]), torch.Size([5])], name) == 2 * 29
+    assert memory_plan.optimizer_bytes([torch.Size([6, 4]), torch.Size([5])], name) == 2 * 29
 
 
 # ---- Passes through the decoder ----
@@ -105,7 +111,7 @@ def test_8_bit_optimizers_keep_two_bytes_a_weight(name):
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16 autocast"])
 def test_activations_are_the_storages_that_autograd_really_keeps(stages, half):
     """Counted in a real model by torch's own hooks, where every stored tensor passes."""
-    passes = plan.dry_run(ppo_model(empty(stages.base), stages), 3, 20, on_cpu(bf16=half), training=True)
+    passes = memory_plan.dry_run(ppo_model(empty(stages.base), stages), 3, 20, on_cpu(bf16=half), training=True)
 
     model = ppo_model(load_plain(stages.base), stages).train()
     inputs = {"input_ids": torch.ones(3, 20, dtype=torch.long), "attention_mask": torch.ones(3, 20, dtype=torch.long)}
@@ -132,18 +138,18 @@ def test_activations_are_the_storages_that_autograd_really_keeps(stages, half):
 def test_checkpointing_keeps_the_inputs_of_the_layers(stages):
     """Hidden states of 3 rows x 20 tokens x 32: into both layers, out of them, and normed; the rest is small."""
     args = on_cpu(activation_checkpointing=True)
-    passes = plan.dry_run(ppo_model(empty(stages.base), stages), 3, 20, args, training=True)
+    passes = memory_plan.dry_run(ppo_model(empty(stages.base), stages), 3, 20, args, training=True)
     assert 4 * 3 * 20 * 32 * 4 < passes.kept < 5 * 3 * 20 * 32 * 4
 
 
 def test_twice_the_rows_take_twice_the_memory(stages):
     model = ppo_model(empty(stages.base), stages)
-    small, large = (plan.dry_run(model, rows, 32, on_cpu(), training=True) for rows in (2, 4))
+    small, large = (memory_plan.dry_run(model, rows, 32, on_cpu(), training=True) for rows in (2, 4))
     assert [b / a for a, b in zip(small, large, strict=True)] == pytest.approx([2, 2, 2], rel=0.02)
 
 
 def test_without_gradients_nothing_stays_but_the_hidden_states(stages):
-    passes = plan.dry_run(ppo_model(empty(stages.base), stages), 3, 20, on_cpu(), training=False)
+    passes = memory_plan.dry_run(ppo_model(empty(stages.base), stages), 3, 20, on_cpu(), training=False)
     assert passes.kept == 3 * 20 * 32 * 4
     assert passes.backward == 0
 
@@ -157,8 +163,8 @@ def test_code_that_looks_at_numbers_cannot_be_planned(stages, monkeypatch):
         return plain(self, *args, **inputs) if inputs["input_ids"].sum().item() else None
 
     monkeypatch.setattr(decoder, "forward", looks)
-    with pytest.raises(plan.CannotPlan, match="no plan for LlamaForCausalLM, whose code looks at numbers"):
-        plan.dry_run(model, 3, 20, on_cpu(), training=False)
+    with pytest.raises(memory_plan.CannotPlan, match="no plan for LlamaForCausalLM, whose code looks at numbers"):
+        memory_plan.dry_run(model, 3, 20, on_cpu(), training=False)
 
 
 # ---- Logits and the cache ----
@@ -171,26 +177,26 @@ def test_the_cache_is_as_large_as_a_real_one(tmp_path, family):
     with torch.no_grad():
         load_plain(path)(input_ids=torch.ones(3, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert plan.cache_bytes(empty(path), 3, 7) == real
+    assert memory_plan.cache_bytes(empty(path), 3, 7) == real
 
 
 def test_logits_by_hand(base_path, monkeypatch):
     base = empty(base_path)
     cpu, states = torch.device("cpu"), 3 * 10 * 32 * 4
-    assert plan.reply_logit_bytes(base, 10, False, cpu) == 6 * 10 * 320 * 4
-    assert plan.reply_logit_bytes(base, 10, True, cpu) == 6 * 10 * 320 * 4 + states
-    monkeypatch.setattr(rollout, "TILE", 64)
-    assert plan.reply_logit_bytes(base, 10, True, cpu) == 6 * 10 * 64 * 4 + states
+    assert memory_plan.reply_logit_bytes(base, 10, False, cpu) == 6 * 10 * 320 * 4
+    assert memory_plan.reply_logit_bytes(base, 10, True, cpu) == 6 * 10 * 320 * 4 + states
+    monkeypatch.setattr(distribution, "TILE", 64)
+    assert memory_plan.reply_logit_bytes(base, 10, True, cpu) == 6 * 10 * 64 * 4 + states
     base.get_output_embeddings().weight.requires_grad_(True)
-    assert plan.reply_logit_bytes(base, 10, True, cpu) == 6 * 10 * 320 * 4
-    monkeypatch.setitem(rollout.LOGIT_CHUNK, "cpu", 320 * 4)  # four tokens at a time
-    assert plan.reply_logit_bytes(base, 10, False, cpu) == 5 * 4 * 320 * 4
+    assert memory_plan.reply_logit_bytes(base, 10, True, cpu) == 6 * 10 * 320 * 4
+    monkeypatch.setitem(distribution.LOGIT_CHUNK, "cpu", 320 * 4)  # four tokens at a time
+    assert memory_plan.reply_logit_bytes(base, 10, False, cpu) == 5 * 4 * 320 * 4
     # 10 tokens fill one tile of 320 columns, 8.25 times; hidden states of width 32 and their gradient
-    assert plan.sft_logit_bytes(base, 10, on_cpu(), training=True) == 8.25 * 10 * 320 * 4 + 2 * 10 * 32 * 4
-    assert plan.sft_logit_bytes(base, 5000, on_cpu(), training=False) == 4 * 4096 * 320 * 4 + 5000 * 32 * 4
+    assert memory_plan.sft_logit_bytes(base, 10, on_cpu(), training=True) == 8.25 * 10 * 320 * 4 + 2 * 10 * 32 * 4
+    assert memory_plan.sft_logit_bytes(base, 5000, on_cpu(), training=False) == 4 * 4096 * 320 * 4 + 5000 * 32 * 4
     for bf16, size in ((False, 4), (True, 2)):  # a GPU's tile has its full width of 32768
         on_gpu = SimpleNamespace(device=torch.device("cuda"), bf16=bf16, fp16=False)
-        assert plan.sft_logit_bytes(base, 10, on_gpu, training=True) == 10 * 32768 * size + 2 * 10 * 32 * 4
+        assert memory_plan.sft_logit_bytes(base, 10, on_gpu, training=True) == 10 * 32768 * size + 2 * 10 * 32 * 4
 
 
 # ---- Whole plans ----
@@ -201,9 +207,11 @@ def cheap(monkeypatch):
     """Passes as simple numbers: a kilobyte a token is kept, twice that at the worst."""
 
     def dry_run(model, rows, length, args, training):
-        return plan.Passes(1000 * rows * length * training, 1500 * rows * length, 2000 * rows * length * training)
+        return memory_plan.Passes(
+            1000 * rows * length * training, 1500 * rows * length, 2000 * rows * length * training
+        )
 
-    monkeypatch.setattr(plan, "dry_run", dry_run)
+    monkeypatch.setattr(memory_plan, "dry_run", dry_run)
 
 
 def make_ppo_plan(stages, load_in_4bit=False, **arguments):
@@ -211,7 +219,7 @@ def make_ppo_plan(stages, load_in_4bit=False, **arguments):
     args = PPOArguments(output_dir="unused", use_cpu=True, **small)
     adapters = [read_adapter(path, "--output_dir") for path in (stages.sft, stages.reward)]
     model_args = ModelArguments(stages.base, load_in_4bit=load_in_4bit)
-    return plan.ppo_plan(model_args, args, *adapters, torch.float32)
+    return memory_plan.ppo_plan(model_args, args, *adapters, torch.float32)
 
 
 def test_what_ppo_holds_by_hand(cheap, stages):
@@ -242,7 +250,7 @@ def test_phases_of_ppo_by_hand(cheap, stages):
 
 
 def test_passes_are_no_larger_than_the_rollouts_own(cheap, stages, monkeypatch):
-    monkeypatch.setattr(plan, "pass_limits", lambda base, device: (1.0, 2 * 48 + 1))
+    monkeypatch.setattr(memory_plan, "pass_limits", lambda base, device: (1.0, 2 * 48 + 1))
     assert make_ppo_plan(stages).phases["update, backward"] == {"activations": 2000 * 2 * 48}
 
 
@@ -259,7 +267,7 @@ def test_phases_of_sft_by_hand(cheap, stages, evaluates):
     args = sft_training.SFTArguments(
         output_dir="unused", use_cpu=True, max_length=48, per_device_train_batch_size=4, per_device_eval_batch_size=2
     )
-    made = plan.sft_plan(ModelArguments(stages.base), LoraArguments(), args, torch.float32, evaluates)
+    made = memory_plan.sft_plan(ModelArguments(stages.base), LoraArguments(), args, torch.float32, evaluates)
     tokens = 2 * 47
     phases = {
         "training, forward": {"activations": (1000 + 1500) * 2 * 48},
@@ -276,8 +284,8 @@ def test_phases_of_sft_by_hand(cheap, stages, evaluates):
 
 
 def test_the_table_has_each_phase_once():
-    made = plan.Plan({"base": 5 << 20}, {"a": {"x": 1 << 20}, "b": {"y": 3 << 30, "z": 4 << 20}})
-    assert plan.plan_table(made).splitlines() == [
+    made = memory_plan.Plan({"base": 5 << 20}, {"a": {"x": 1 << 20}, "b": {"y": 3 << 30, "z": 4 << 20}})
+    assert memory_plan.plan_table(made).splitlines() == [
         "base                            5.0 MiB",
         "y (b)                           3.0 GiB",
         "z (b)                           4.0 MiB",
@@ -287,7 +295,7 @@ def test_the_table_has_each_phase_once():
 
 
 def test_the_peak_is_what_is_held_and_the_fullest_phase(stages):
-    made = plan.Plan({"base": 5}, {"a": {"x": 1, "y": 2}, "b": {"z": 4}})
+    made = memory_plan.Plan({"base": 5}, {"a": {"x": 1, "y": 2}, "b": {"z": 4}})
     assert (made.fullest, made.peak) == ("b", 9)
 
 
@@ -308,7 +316,7 @@ def test_larger_settings_need_more(cheap, stages, arguments, phase):
 def test_members_of_an_ensemble_add_up(cheap, stages):
     def backward(members):
         args = reward_modeling.RewardArguments(output_dir="unused", use_cpu=True, ensemble_size=members)
-        made = plan.reward_plan(ModelArguments(stages.base), 32, LoraArguments(), args, torch.float32)
+        made = memory_plan.reward_plan(ModelArguments(stages.base), 32, LoraArguments(), args, torch.float32)
         assert made.phases["evaluation"]["activations"] == 1500 * 2 * args.per_device_eval_batch_size * 32
         return made.phases["training, forward"]["activations"], made.held["adapters and heads"]
 
@@ -353,8 +361,8 @@ def test_a_plan_that_does_not_fit_names_an_argument_that_helps(
     cheap, stages, data, tmp_path, monkeypatch, capsys, script
 ):
     """On 1.3 MiB: the passes above fit into that with one row, not with the scripts' own batches."""
-    monkeypatch.setattr(plan, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(plan, "available_bytes", lambda device: 1350 << 10)
+    monkeypatch.setattr(memory_plan, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 1350 << 10)
     with pytest.raises(InputError) as refused:
         run_main(script, words_of(script, stages, data, tmp_path), monkeypatch)
     (words,) = re.findall(r"this run needs about .* and 1.3 MiB are free; (.*)$", str(refused.value))
@@ -368,11 +376,11 @@ def test_advice_is_one_argument_then_all_then_none(stages):
 
     def make(model_args, args):
         size = 100 * args.mini_batch_size + 100 * args.batch_size + 100 * (not model_args.load_in_4bit)
-        return plan.Plan({"all": size << 20}, {"phase": {}})
+        return memory_plan.Plan({"all": size << 20}, {"phase": {}})
 
     def say(mebibytes):
         names = ["mini_batch_size", "batch_size", "load_in_4bit"]
-        return plan.advice(make, model_args, args, names, mebibytes << 20)
+        return memory_plan.advice(make, model_args, args, names, mebibytes << 20)
 
     assert say(1200) == "--mini_batch_size 2 makes it 1.1 GiB"  # 1300 now
     assert say(1000) == "--mini_batch_size 1 makes it 1.0 GiB"
@@ -383,7 +391,7 @@ def test_advice_is_one_argument_then_all_then_none(stages):
 
 
 def test_ppo_says_before_loading_that_it_will_not_fit_and_goes_on(cheap, stages, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "available_bytes", lambda device: 10**6)
+    monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 10**6)
     words = [word for word in words_of(rl_training, stages, data, tmp_path) if word not in ("--plan", "true")]
     words += ["--steps", 1, "--batch_size", 2, "--mini_batch_size", 2, "--allow_weak_reward", "true", "--guard", "off"]
     run_main(rl_training, [*words, "--ppo_epochs", 1], monkeypatch)
@@ -394,9 +402,9 @@ def test_ppo_says_before_loading_that_it_will_not_fit_and_goes_on(cheap, stages,
 
 def test_a_base_that_cannot_be_planned_is_still_trained(stages, data, tmp_path, monkeypatch, capsys):
     def cannot(*args, **kwargs):
-        raise plan.CannotPlan("no plan for X, whose code looks at numbers")
+        raise memory_plan.CannotPlan("no plan for X, whose code looks at numbers")
 
-    monkeypatch.setattr(plan, "dry_run", cannot)
+    monkeypatch.setattr(memory_plan, "dry_run", cannot)
     words = [word for word in words_of(rl_training, stages, data, tmp_path) if word not in ("--plan", "true")]
     words += ["--steps", 1, "--batch_size", 2, "--mini_batch_size", 2, "--allow_weak_reward", "true", "--guard", "off"]
     run_main(rl_training, [*words, "--ppo_epochs", 1], monkeypatch)
@@ -430,10 +438,10 @@ def test_a_cgroup_limits_what_is_available(tmp_path, monkeypatch):
         def read_text(self):
             return files[self.name]
 
-    monkeypatch.setattr(plan, "Path", FakePath)
-    monkeypatch.setattr(plan, "resident_bytes", lambda: 7)
-    assert plan.available_bytes(torch.device("cpu")) == 4000000 + 7
+    monkeypatch.setattr(memory_plan, "Path", FakePath)
+    monkeypatch.setattr(memory_plan, "resident_bytes", lambda: 7)
+    assert memory_plan.available_bytes(torch.device("cpu")) == 4000000 + 7
     files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert plan.available_bytes(torch.device("cpu")) == 8000 * 1024 + 7
+    assert memory_plan.available_bytes(torch.device("cpu")) == 8000 * 1024 + 7
     files.clear()
-    assert plan.available_bytes(torch.device("cpu")) is None
+    assert memory_plan.available_bytes(torch.device("cpu")) is None

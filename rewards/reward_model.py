@@ -1,0 +1,82 @@
+"""The reward model: one reward adapter with its score head, or an ensemble of them, on the shared base."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from utils.adapters import POLICY, REWARD, SavedAdapter, load_adapter, new_lora_config, read_adapter, use_adapter
+from utils.arguments import LoraArguments
+from utils.heads import add_score_head, enable_jobs, score_job
+
+MEMBER = "member"  # further adapters of a reward ensemble: member1, member2 ...
+
+
+def new_reward_model(
+    base: PreTrainedModel, lora: LoraArguments, seed: int, ensemble_size: int = 1
+) -> tuple[PeftModel, list[str]]:
+    """Base + new reward adapters with a score head each, the only trainable parts; and the names of the adapters."""
+    enable_jobs(base)
+    members = [POLICY, *(f"{MEMBER}{number}" for number in range(1, ensemble_size))]
+    configs = {name: new_lora_config(lora, base, "SEQ_CLS") for name in members}  # before PEFT renames the layers
+    add_score_head(base, seed)
+    model = PeftModel(base, configs[POLICY])
+    for name in members[1:]:
+        model.add_adapter(name, configs[name])
+    for name in members:
+        model.set_requires_grad(name, requires_grad=True)
+    return model, members
+
+
+def member_folders(folder: str) -> list[str]:
+    """The adapters of a saved reward model: the folder itself, and those of the rest of its ensemble in it."""
+    folders = [folder]
+    while os.path.isdir(os.path.join(folder, f"{MEMBER}{len(folders)}")):
+        folders.append(os.path.join(folder, f"{MEMBER}{len(folders)}"))
+    return folders
+
+
+def member_scores(
+    model: nn.Module, inputs: dict[str, Tensor], members: Sequence[str], part_rows: int | None = None
+) -> Iterator[Tensor]:
+    """Score of each row by each reward adapter, float32 [B] a member.  model: a PeftModel, or one wrapped for DDP.
+
+    inputs: input_ids and attention_mask [B, L], padded on the right.  With `part_rows` the rows go through the model so many
+    at a time, the shortest first, without the padding that only the longest ones need: the scores are the same.
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    lengths = mask.sum(1)
+    parts = lengths.argsort().split(part_rows or len(ids))
+    for name in members:
+        with use_adapter(getattr(model, "module", model), name):
+            scores = []
+            for rows in parts:
+                own = mask[rows, : int(lengths[rows].max())] if part_rows else mask[rows]
+                scores.append(model(input_ids=ids[rows, : own.shape[1]], attention_mask=own, job=score_job(own, name)))
+            yield torch.cat(scores)[torch.cat(parts).argsort()]
+
+
+def ensemble_score(scores: Sequence[Tensor], penalty: float) -> Tensor:
+    """Mean over the members minus `penalty` standard deviations (of the population), [B]; one member: its score.
+
+    What only some of the members like is what a policy would exploit (Coste et al. 2023, arXiv:2310.02743).
+    """
+    stacked = torch.stack(list(scores))  # [members, B]
+    return stacked.mean(0) - penalty * stacked.std(0, unbiased=False)
+
+
+def load_reward(model: PeftModel, reward: SavedAdapter) -> None:
+    """Add a saved reward model, all adapters of it, frozen.  The base needs a `score`, see `add_score_head`."""
+    for number, folder in enumerate(member_folders(reward.path)):
+        load_adapter(model, read_adapter(folder, "--reward_model_lora_path"), REWARD + (str(number) if number else ""))
+    model.get_base_model().score_penalty = reward.run.get("arguments", {}).get("ensemble_penalty", 1.0)
+
+
+def reward_scores(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Score of each row by the reward model that `load_reward` has added, float32 [B].  inputs: as in `member_scores`."""
+    unwrapped = getattr(model, "module", model)
+    members = [name for name in unwrapped.peft_config if name.startswith(REWARD)]
+    return ensemble_score(list(member_scores(model, inputs, members)), unwrapped.get_base_model().score_penalty)

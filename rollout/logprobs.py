@@ -1,0 +1,158 @@
+"""Log-probs, values and entropy of replies under the distribution that they were sampled from.
+
+Shapes: B replies, L tokens of prompt + reply, T reply tokens, V vocabulary, N real reply tokens of all rows in one list.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from rollout.batch import Batch, ReplyStatistics
+from rollout.distribution import (
+    Sampling,
+    entropies,
+    is_plain,
+    logit_rows,
+    sampling_logits,
+    scale_logits,
+    tile_logits,
+    vocabulary_tiles,
+)
+from utils.heads import Job, state_values
+
+
+class _KnownGradient(torch.autograd.Function):
+    """y [N], and dy/dx [N, H] for x [N, H], of which each row makes one number."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, results: Tensor, slopes: Tensor) -> Tensor:
+        ctx.save_for_backward(slopes)
+        ctx.dtype = states.dtype
+        return results.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (gradient[:, None] * slopes).to(ctx.dtype), None, None
+
+
+@torch.no_grad()
+def tiled_logprobs(
+    head: nn.Linear,
+    states: Tensor,
+    tokens: Tensor,
+    shape: Callable[[Tensor, slice], Tensor],
+    with_slopes: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-prob of each token [N], entropy of its distribution [N], and with_slopes the log-prob's derivative [N, H].
+
+    The distribution is the softmax of shape(logits, tile), where `shape` works on each logit alone: logits are [N, C], of
+    the tokens of `tile`.  states: [N, H]; tokens: int64 [N].
+
+    The logits [N, V] never exist.  As in attention that goes through the keys in blocks (Dao et al. 2022), sums over the
+    vocabulary are kept relative to the largest logit so far.  With z the shaped logit, y the plain one, p = softmax(z):
+    d log p(t) / d state = dz(t)/dy(t) w(t) - sum over v of p(v) dz(v)/dy(v) w(v), where w(v) is row v of the embedding.
+    """
+    least = torch.finfo(torch.float32).min  # in the place of -inf, which has no product with 0
+    peak = torch.full(tokens.shape, least, device=states.device)
+    own, total, mean = (torch.zeros_like(peak) for _ in range(3))  # z(t); sums of exp(z - peak) and of z exp(z - peak)
+    own_slope = torch.ones_like(peak)
+    slopes = torch.zeros(states.shape, device=states.device) if with_slopes else None
+    for tile in vocabulary_tiles(states.device, len(states), head.weight.shape[0]):
+        plain = tile_logits(head, states, tile)
+        with torch.set_grad_enabled(with_slopes):
+            shaped = shape(plain.requires_grad_(with_slopes), tile)
+        by_plain = None
+        if with_slopes and shaped is not plain:
+            (by_plain,) = torch.autograd.grad(shaped, plain, torch.ones_like(shaped))
+        shaped = shaped.detach()
+
+        column = (tokens - tile.start).clamp(0, shaped.shape[1] - 1)[:, None]
+        is_here = (tokens >= tile.start) & (tokens < tile.stop)
+        own = torch.where(is_here, shaped.gather(1, column).squeeze(1), own)
+
+        old_peak, peak = peak, torch.maximum(peak, shaped.amax(1))
+        kept, weights = (old_peak - peak).exp(), (shaped - peak[:, None]).exp_()
+        total = total * kept + weights.sum(1)
+        mean = mean * kept + torch.linalg.vecdot(weights, shaped.clamp(min=least))
+        if with_slopes:
+            if by_plain is not None:
+                own_slope = torch.where(is_here, by_plain.gather(1, column).squeeze(1).float(), own_slope)
+                weights *= by_plain
+            slopes = slopes * kept[:, None] + weights.to(plain.dtype) @ head.weight[tile]
+    if with_slopes:
+        slopes = own_slope[:, None] * head.weight[tokens] - slopes / total[:, None]
+    # differences of logits first: they are far smaller than the logits, and so is the rounding
+    return (own - peak) - total.log(), (peak - mean / total) + total.log(), slopes
+
+
+def reply_job(batch: Batch, sampling: Sampling, with_values: bool) -> Job:
+    """Job that gives the ReplyStatistics of `batch`; the entropy has no gradient.
+
+    Only real reply positions reach the output embedding, and the logits of all of them never exist at once: a frozen
+    embedding is gone through in tiles of the vocabulary, another one with few reply positions at a time.
+    """
+
+    def job(base: PreTrainedModel, hidden: Tensor) -> ReplyStatistics:
+        rows, steps = batch.response_mask.nonzero(as_tuple=True)  # [N], [N]
+        before = batch.query_lengths[rows] + steps - 1  # the position that predicts the token
+        states = hidden[rows, before]  # [N, H]
+        tokens = batch.input_ids[rows, before + 1]  # [N]
+        head = base.get_output_embeddings()
+        vocabulary = head.weight.shape[0]
+        first_seen = _first_seen(batch, vocabulary) if sampling.repetition_penalty != 1 else None  # [B, V]
+
+        def shape(logits: Tensor, tile: slice, part: slice = slice(None)) -> Tensor:  # [n, C], [n, C]
+            seen = None if first_seen is None else first_seen[rows[part], tile] < steps[part, None]
+            return sampling_logits(scale_logits(base, logits), seen, steps[part] == 0, sampling, tile.start)
+
+        def chunk_statistics(part: slice, states: Tensor) -> tuple[Tensor, Tensor]:  # [n, H] -> [n], [n]
+            logprobs = shape(head(states), slice(0, vocabulary), part).log_softmax(-1)  # [n, V]
+            entropy = entropies(logprobs.detach(), logprobs.detach().exp())
+            return logprobs.gather(1, tokens[part, None]).squeeze(1), entropy
+
+        if is_plain(head):
+            needs_slopes = torch.is_grad_enabled()
+            logprobs, entropy, slopes = tiled_logprobs(head, states.detach(), tokens, shape, needs_slopes)
+            if needs_slopes:
+                logprobs = _KnownGradient.apply(states, logprobs, slopes)
+        else:
+            chunk = logit_rows(states.device, vocabulary)
+            parts = [slice(start, start + chunk) for start in range(0, len(tokens), chunk)]
+            # Kept, the logits would be the largest tensor of the update, so they are computed again in the backward pass.
+            results = [checkpoint(chunk_statistics, part, states[part], use_reentrant=False) for part in parts]
+            logprobs, entropy = (torch.cat(column) for column in zip(*results, strict=True))
+
+        def spread(values: Tensor) -> Tensor:  # [N] -> [B, T]
+            return values.new_zeros(batch.response_mask.shape).index_put((rows, steps), values)
+
+        values = spread(state_values(base, states)) if with_values else None
+        return ReplyStatistics(spread(logprobs), values, spread(entropy))
+
+    return job
+
+
+def value_job(batch: Batch) -> Job:
+    """Job that gives the values [B, T] of `batch` alone, for a critic that has an adapter of its own."""
+
+    def job(base: PreTrainedModel, hidden: Tensor) -> Tensor:
+        rows, steps = batch.response_mask.nonzero(as_tuple=True)  # [N], [N]
+        values = state_values(base, hidden[rows, batch.query_lengths[rows] + steps - 1])
+        return values.new_zeros(batch.response_mask.shape).index_put((rows, steps), values)
+
+    return job
+
+
+def _first_seen(batch: Batch, vocabulary: int) -> Tensor:
+    """Where each token was first seen, int32 [B, V]: -1 in the prompt, t as reply token t, else a huge number."""
+    never = torch.iinfo(torch.int32).max
+    length = batch.input_ids.shape[1]
+    position = torch.arange(length, device=batch.input_ids.device).expand(len(batch.input_ids), -1)
+    step = (position - batch.query_lengths[:, None]).clamp(min=-1).int()
+    step = step.masked_fill(batch.attention_mask == 0, never)
+    seen = torch.full((len(step), vocabulary), never, dtype=torch.int32, device=step.device)
+    return seen.scatter_reduce(1, batch.input_ids, step, "amin")

@@ -1,0 +1,47 @@
+"""The four parts of PPO on one base: policy, reference, reward and value as adapters and heads."""
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from rewards.reward_model import load_reward
+from utils.adapters import CRITIC, POLICY, REFERENCE, SavedAdapter, attach_adapter, load_adapter
+from utils.base_model import disable_dropout, hidden_width
+from utils.heads import add_score_head, enable_jobs
+
+
+def assemble_ppo_model(
+    base: PreTrainedModel, sft: SavedAdapter, reward: SavedAdapter, critic: bool = False
+) -> PeftModel:
+    """Base + policy (a trainable copy of the SFT adapter), reference (the SFT adapter), reward adapter, value head.
+
+    Only the policy adapter and the value head are trainable; the head starts at 0 (Ziegler et al. 2019).  With `critic`
+    there is also a trainable copy of the reward adapter, for the value head to read: see `start_critic`.
+    """
+    enable_jobs(base)
+    config = LoraConfig.from_pretrained(sft.path)
+    config.inference_mode = False  # what PEFT saves always says True, and then nothing would train
+    config.lora_dropout = 0.0
+    model = attach_adapter(base, sft, config)
+    load_adapter(model, sft, REFERENCE)
+    add_score_head(base)
+    load_reward(model, reward)
+    if critic:
+        load_adapter(model, reward, CRITIC)
+    base.v_head = nn.Linear(hidden_width(base), 1, device=base.device, dtype=torch.float32)
+    nn.init.zeros_(base.v_head.weight)
+    nn.init.zeros_(base.v_head.bias)
+    disable_dropout(model)
+    model.set_adapter(POLICY)
+    for name, parameter in model.named_parameters():  # PEFT flips requires_grad in many places: say it once, here
+        trains = f".{POLICY}." in name or ".v_head." in name or (f".{CRITIC}." in name and "lora_" in name)
+        parameter.requires_grad_(trains)
+    return model.eval()
+
+
+def start_critic(model: PeftModel, mean: float, std: float) -> None:
+    """Let the value head start as the reward model's own: the normalised score of a reply as it is so far."""
+    base = model.get_base_model()
+    base.v_head.weight.data.copy_(base.score.modules_to_save[CRITIC].weight / std)
+    base.v_head.bias.data.fill_(-mean / std)

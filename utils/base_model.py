@@ -1,0 +1,207 @@
+"""The base model and its tokenizer: load, refuse what cannot work, tell two bases apart.
+
+The base is always loaded as a causal language model, and never changed.
+"""
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import CONFIG_NAME
+
+from utils.arguments import ModelArguments
+from utils.console import InputError, one_line, say
+from utils.sharding import loading_whole
+
+# What torch, PEFT, transformers and safetensors raise for files that are cut or damaged, or of another model.
+BROKEN_MODEL = (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
+    """Tokenizer of the base, with a pad token (its own, else <unk>, else EOS: padding is told by masks, never by id).
+
+    Raises InputError when there is none, or it has no EOS.
+    """
+    name = model_args.model_name_or_path
+    if name.startswith((".", "/", "~")) and not os.path.isdir(name):  # the hub's complaint is about its naming rules
+        raise InputError(f"there is no folder {name}; check --model_name_or_path")
+    refuse_baichuan(name)
+    if model_args.trust_remote_code:
+        say(f"warning: --trust_remote_code: {name} may run code of its own: {', '.join(remote_code(name)) or 'none'}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model_args.trust_remote_code)
+    except Exception as error:  # the tokenizers library raises this very class for a file that it cannot read
+        raise _cannot_load("a tokenizer from", name, error) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {name} has no EOS token, so a reply could never end; set eos_token in it")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def refuse_baichuan(name: str) -> None:
+    """Raise InputError for Baichuan's own layout, told by config.json alone.
+
+    Its remote code does not run on transformers 5, and asks on the terminal whether it may before it fails.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError):  # no such model: the loading that follows says what is wrong
+        return
+    if config.get("model_type") == "baichuan":
+        raise InputError(
+            f"{name} is a Baichuan model, whose own code does not run on this transformers; convert a download of it "
+            "once with `python scripts/convert_baichuan.py --model FOLDER --output NEW_FOLDER` and give NEW_FOLDER"
+        )
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):
+        code = ", ".join(remote_code(name)) or "not named"
+        advice = f"it needs code of its own ({code}); add --trust_remote_code true only if you have read and trust it"
+        return InputError(f"cannot load {what} {name}: {advice}")
+    return InputError(f"cannot load {what} {name}: {one_line(error)}; give a complete model")
+
+
+def remote_code(name: str) -> list[str]:
+    """The classes, as module.Class, that the configuration of a model names as its own code."""
+    classes = set()
+    for file in (CONFIG_NAME, "tokenizer_config.json"):
+        try:
+            auto_map = PreTrainedConfig.get_config_dict(name, _configuration_file=file)[0].get("auto_map") or {}
+        except (OSError, ValueError):  # no such file
+            continue
+        values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+        for value in values:
+            classes |= {one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)}
+    return sorted(classes)
+
+
+def base_config(model_args: ModelArguments) -> PreTrainedConfig:
+    """Configuration of the base.  Raises InputError when it cannot be read."""
+    name = model_args.model_name_or_path
+    refuse_baichuan(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=model_args.trust_remote_code)
+    except (*BROKEN_MODEL, OSError, ImportError) as error:
+        raise _cannot_load("the base model", name, error) from error
+
+
+def load_base(
+    model_args: ModelArguments, dtype: torch.dtype | str, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The base as a causal language model, in eval mode, nothing trainable.  Raises InputError when it cannot be loaded.
+
+    Only safetensors are read: other formats are pickles, which can run code.  dtype: "auto" is the type that the weights
+    are stored in.  device: where a base in 4 bit goes, by default the GPU where there is one; any other base is loaded to
+    the CPU.
+    """
+    name = model_args.model_name_or_path
+    base_config(model_args)  # a readable complaint before gigabytes are read
+    if os.path.isdir(name) and not any(file.endswith(".safetensors") for file in os.listdir(name)):
+        raise InputError(
+            f"cannot load the base model {name}: there is no .safetensors file in it, and other formats can run code; "
+            "download or save it as safetensors"
+        )
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model_args.trust_remote_code}
+    if model_args.load_in_4bit:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError("--load_in_4bit needs bitsandbytes; run `pip install -r requirements-4bit.txt`")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options["device_map"] = None if device is None else {"": device}
+    try:
+        with loading_whole():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name, use_safetensors=True, output_loading_info=True, **options
+            )
+    except (*BROKEN_MODEL, OSError, ImportError) as error:  # bitsandbytes, too, where it cannot use this machine
+        raise _cannot_load("the base model", name, error) from error
+    if report["missing_keys"]:  # transformers would train on with random numbers in their place
+        missing = sorted(report["missing_keys"])
+        raise InputError(
+            f"the base model {name} is not complete: it has no weights for {missing[0]} and {len(missing) - 1} more; "
+            "download it again"
+        )
+    for module in model.modules():
+        # On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights the first time that no gradient is wanted, and
+        # from then on lets no gradient through it, nor float32.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    # A model's own generation defaults (Qwen's repetition_penalty, top_p ...) must not change what PPO samples.
+    model.generation_config = GenerationConfig(
+        bos_token_id=model.generation_config.bos_token_id, eos_token_id=model.generation_config.eos_token_id
+    )
+    return model.requires_grad_(False).eval()
+
+
+def base_fingerprint(base: PreTrainedModel) -> str:
+    """Short hash that tells two bases apart, whatever folder they lie in and whichever float type they are loaded as.
+
+    Two parts with a dash between: of the embedding, and of all other matrices, which are not the same after a merge.  In
+    4 bit only the embedding is as it was, so the second part is missing then, see `same_base`.  Adapters on the base and
+    heads do not count.
+    """
+    embedding = base.get_input_embeddings().weight
+    shape = repr((type(base).__name__, tuple(embedding.shape)))
+    matrices = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in base.named_parameters()
+        if parameter.dim() == 2 and parameter is not embedding
+        if "lora_" not in name and not name.startswith(("score.", "v_head."))
+    }
+    parts = [_sample_hash(shape, [embedding])]
+    if all(matrix.is_floating_point() for matrix in matrices.values()):
+        parts.append(_sample_hash(shape, [matrices[name] for name in sorted(matrices)]))
+    return "-".join(parts)
+
+
+def _sample_hash(shape: str, matrices: Sequence[Tensor]) -> str:
+    """Hash of some 64 rows of each matrix, spread over it and rounded to bfloat16."""
+    digest = hashlib.sha256(shape.encode())
+    for matrix in matrices:
+        rows = matrix.detach()[:: max(1, len(matrix) // 64)]
+        digest.update(rows.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints agree in the parts that both have."""
+    return all(a == b for a, b in zip(one.split("-"), other.split("-"), strict=False))
+
+
+def hidden_width(base: PreTrainedModel) -> int:
+    """Width of the decoder's last hidden states, which is what the output embedding and the heads read."""
+    return base.get_output_embeddings().weight.shape[1]
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to 0, the ones that are plain numbers in an attention module included.
+
+    PPO compares log-probs of the same tokens over time; with dropout the first ratio would not be 1 (Ziegler 2019).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "dropout_p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
