@@ -47,7 +47,7 @@ from rewards.reward_model import ensemble_score, member_folders, member_scores, 
 from runs.checkpoints import resume_path
 from runs.memory_plan import announce, reward_plan
 from runs.run_files import RunFiles, run_record
-from runs.trainer import SteadyArguments, SteadyTrainer
+from runs.trainer import ResumableArguments, ResumableTrainer
 from utils.adapters import SCORE_KEY, SavedAdapter, check_adapter, load_adapter, read_adapter, saved_key
 from utils.arguments import (
     DEFAULT_PREFERENCES,
@@ -133,7 +133,7 @@ def split_kinds(argument: str, names: str) -> tuple[str, ...]:
 
 
 @dataclass
-class RewardArguments(SteadyArguments, TrainingArguments):
+class RewardArguments(ResumableArguments, TrainingArguments):
     """The Trainer's arguments with this toolkit's defaults."""
 
     output_dir: str | None = field(default="output/reward", metadata={"help": "Folder for everything that is written."})
@@ -212,7 +212,7 @@ def measure_scores(prediction: EvalPrediction) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class RewardTrainer(SteadyTrainer):
+class RewardTrainer(ResumableTrainer):
     """Trainer for pairs: chosen and rejected go through the model in one batch, chosen first."""
 
     def __init__(self, *args: Any, members: list[str], **kwargs: Any) -> None:

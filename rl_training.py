@@ -25,9 +25,7 @@ trunk and is saved.
 """
 
 import contextlib
-import json
-import os
-import shutil
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -36,38 +34,28 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from reporting.plots import draw_curves
 from reporting.progress import IterationLines
 from reporting.trackers import check_trackers, use_grouped_names
-from rewards.broken_replies import find_broken
 from rewards.gold_function import Gold, load_gold, try_gold
-from rewards.guard import ALARM, Guard, Limits, floor_scores, measure_replies
-from rewards.reward_card import in_short, read_card
-from rewards.reward_model import reward_scores
-from rollout.batch import Batch, make_batch
+from rewards.guard import Guard, Limits
+from rewards.scores import ScoreRules, ScoreStatistics, read_statistics
 from rollout.distribution import Sampling, check_output_logits, first_token_ban
-from rollout.logprobs import reply_job, value_job
+from rollout.experience import OF_POLICY, Collector, Experience, describe, evaluation_measures
+from rollout.logprobs import reply_job
 from rollout.model import assemble_ppo_model, start_critic
-from rollout.sampler import draw_replies
+from rollout.policy_files import PolicyFiles
+from rollout.sampler import seed_of
+from rollout.watch import Watch
 from runs.checkpoints import resume_path
 from runs.memory_plan import announce, ppo_plan
 from runs.run_files import RunFiles, run_record
-from runs.trainer import SteadyArguments, SteadyTrainer
+from runs.trainer import ResumableArguments, ResumableTrainer
 from utils import ppo
-from utils.adapters import (
-    CRITIC,
-    POLICY,
-    REFERENCE,
-    SavedAdapter,
-    check_adapter,
-    check_kind,
-    load_weights,
-    read_adapter,
-    use_adapter,
-)
+from utils.adapters import SavedAdapter, check_adapter, check_kind, read_adapter
 from utils.arguments import (
     DEFAULT_PREFERENCES,
     DataArguments,
@@ -82,22 +70,11 @@ from utils.arguments import (
     set_up_ddp,
 )
 from utils.base_model import load_base, load_tokenizer
-from utils.batching import pass_limits, split_by_length
-from utils.console import InputError, RunError, run_script, say
+from utils.console import InputError, run_script, say
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
-from utils.files import append_jsonl, saving, write_json
-from utils.heads import load_value_head, save_value_head
+from utils.files import append_jsonl, write_json
 from utils.launch import relaunch_on_all_gpus
-from utils.sharding import whole_parameters
 
-STATE_FILE = "ppo_state.json"
-BEST = "best"
-# What may be NaN or infinite in a batch of replies, and what to do about it.
-OF_POLICY = (
-    "lower --learning_rate or raise --init_kl_coef and go on from an earlier checkpoint, or compute in float32 (--bf16 "
-    "false --dtype float32)"
-)
-OF_ADAPTER = "check that adapter, or compute in float32 (--bf16 false --dtype float32)"
 TRAINER_NAMES = {  # arguments of the Trainer that PPO has under other names
     "max_steps": "steps",
     "num_train_epochs": "steps",
@@ -107,7 +84,7 @@ TRAINER_NAMES = {  # arguments of the Trainer that PPO has under other names
 
 
 @dataclass
-class PPOArguments(SteadyArguments, TrainingArguments):
+class PPOArguments(ResumableArguments, TrainingArguments):
     """PPO's own arguments and every argument of the Trainer.  Sizes are per process, as everywhere in the Trainer."""
 
     output_dir: str | None = field(default="output/ppo", metadata={"help": "Folder for everything that is written."})
@@ -137,9 +114,9 @@ class PPOArguments(SteadyArguments, TrainingArguments):
         default=1024, metadata={"help": "Longest prompt + reply, in tokens; longer prompts are dropped."}
     )
     output_max_length: int = field(default=128, metadata={"help": "Longest reply, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampler, and of all log-probs."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; also applied to log-probs."})
     repetition_penalty: float = field(
-        default=1.0, metadata={"help": "Of the sampler, and of all log-probs; 1 is none."}
+        default=1.0, metadata={"help": "Repetition penalty of the sampler; also applied to log-probs; 1 is none."}
     )
     begin_suppress_tokens: str = field(
         default="eos",
@@ -268,45 +245,42 @@ class PPOArguments(SteadyArguments, TrainingArguments):
         super().__post_init__()
 
 
-class Experience(NamedTuple):
-    """A batch of replies with everything that the PPO epochs need; on every process the whole of it, all processes' rows."""
+class Targets(NamedTuple):
+    """What the PPO epochs learn from."""
 
-    batch: Batch
-    indices: Tensor  # int64 [B], rows of the prompt data set
-    logprobs: Tensor  # float32 [B, T], of the policy that sampled
-    ref_logprobs: Tensor  # float32 [B, T]
-    values: Tensor  # float32 [B, T]
-    entropy: Tensor  # float32 [B, T]
-    scores: Tensor  # float32 [B], from the reward model, as it gave them
-    gold: Tensor | None = None  # float32 [B], of --gold_function, where there is one
+    advantages: Tensor  # float32 [B, T], whitened over all response tokens of all processes
+    returns: Tensor  # float32 [B, T]
 
-    def rows(self, index: Tensor) -> "Experience":
-        """The rows `index`, with the padding cut to the longest of them."""
-        batch = self.batch.rows(index)
-        tokens = (part[index, : batch.response_mask.shape[1]] for part in self[2:6])
-        gold = None if self.gold is None else self.gold[index]
-        return Experience(batch, self.indices[index], *tokens, self.scores[index], gold)
-
-    def nonfinite(self) -> list[tuple[str, str, Tensor]]:
-        """What is NaN or infinite: its name, what to do about it, and the rows, bool [B].  Empty where all is well."""
-        parts = [
-            ("the policy's log-probs", OF_POLICY, self.logprobs),
-            ("the values", OF_POLICY, self.values),
-            ("the SFT model's log-probs", OF_ADAPTER, self.ref_logprobs),
-            ("the reward model's scores", OF_ADAPTER, self.scores[:, None]),
-        ]
-        found = [(name, advice, ~part.isfinite().all(1)) for name, advice, part in parts]
-        return [one for one in found if one[2].any()]
+    def rows(self, index: Tensor, width: int) -> "Targets":
+        return Targets(self.advantages[index, :width], self.returns[index, :width])
 
 
-class ScoreStatistics(NamedTuple):
-    """Mean and standard deviation of the reward model's scores on held-out replies."""
+class Losses(NamedTuple):
+    """Means over the response tokens of an optimizer step, or the share of such a mean that a micro-batch carries; []."""
 
-    mean: float = 0.0
-    std: float = 1.0
+    policy_loss: Tensor
+    value_loss: Tensor
+    clip_fraction: Tensor
+    value_clip_fraction: Tensor
+    approx_kl: Tensor
 
 
-class PPOTrainer(SteadyTrainer):
+class MicroBatchLoss(NamedTuple):
+    loss: Tensor  # [], the share of the step's loss that these rows carry, with its gradient
+    losses: Losses  # detached
+    farthest_ratio: float  # the ratio that is farthest from 1
+
+
+class OptimizerStep(NamedTuple):
+    """What came of one optimizer step."""
+
+    losses: dict[str, float]  # of `Losses`, and the loss itself
+    first_ratio: float  # of its first micro-batch
+    grad_norm: float | None = None  # None where the policy had moved too far: then no step was made
+    nonfinite: str | None = None  # what was NaN or infinite: then nothing was changed
+
+
+class PPOTrainer(ResumableTrainer):
     """One frozen base, adapters as policy, reference and reward; `training_step` is one PPO iteration."""
 
     step_name = "iteration"
@@ -325,459 +299,234 @@ class PPOTrainer(SteadyTrainer):
         for the one in best/."""
         super().__init__(*args, data_collator=lambda rows: rows, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self.sampling = sampling
-        self.statistics = statistics
         self.kl_coef = self.args.init_kl_coef
-        self.guard = Guard(Limits(self.args.kl_budget), self.args.guard_patience)
-        self.guard_dataset = guard_dataset
-        self.gold = gold
-        self.has_critic = self.args.critic == "adapter"
-        base = self.model.get_base_model()
-        # Where the update computes as the sampler does, its log-probs and values are those of the sampler, to rounding.
-        self.same_arithmetic = base.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
-        # Sharded weights are collected for each pass, so every process has to make the same number of them.
-        self.splits = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if self.splits:
-            self.pass_overhead, self.pass_tokens = pass_limits(base, self.args.device)
-        self.record = record or {}
+        rules = ScoreRules(
+            statistics=statistics,
+            baseline=self.args.reward_baseline,
+            missing_eos_penalty=self.args.missing_eos_penalty,
+            clip=self.args.score_clip,
+            floor_broken=self.args.floor_broken_replies,
+        )
+        self.collector = Collector(
+            self.accelerator, self.args, self.model, self.processing_class, sampling, rules, gold
+        )
+        guard = Guard(Limits(self.args.kl_budget), self.args.guard_patience)
+        self.policy_files = PolicyFiles(
+            lambda: self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            lambda: {"kl_coef": self.kl_coef, "guard": guard.state()},
+        )
+        self.watch = Watch(
+            guard,
+            rules,
+            None if guard_dataset is None else lambda at: list(self.respond_to_all(guard_dataset, at)),
+            every=self.args.guard_freq,
+            last=self.args.steps,
+            may_stop=self.args.guard == "stop",
+            policy_files=self.policy_files,
+            accelerator=self.accelerator,
+            output_dir=self.args.output_dir,
+            record=record or {},
+        )
         self.samples: list[dict[str, Any]] = []  # the rows of samples.jsonl of this iteration, for the trackers
+        self.pending_metrics: dict[str, float] = {}  # of this iteration, for the log
 
     # ---- One iteration ----
 
     def training_step(
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
-        """Roll out, score, estimate advantages, update.  Returns the mean loss of the iteration, for the Trainer's log."""
+        """Collect, rewards, advantages, update, finish.  Returns the mean loss of the iteration, for the Trainer's log."""
         started = time.perf_counter()
         # eval() for good: dropout is 0 anyway, but train() is what switches activation checkpointing on
         model.train(self.args.activation_checkpointing)
-        iteration = self.state.global_step
-        if self.guard_dataset is not None and not self.guard.baselines:
-            self.watch(0, {})  # the SFT model, which everything is compared with
+        if self.watch.is_on and not self.watch.guard.baselines:
+            self.watch.look(0)  # the SFT model, which everything is compared with
 
-        # 1. replies, log-probs, values, scores
-        experience = self.roll_out(model, inputs, iteration)
-        if experience.nonfinite():
-            self.pending_metrics = {
-                "kl_coef": self.kl_coef,
-                "learning_rate": self._get_learning_rate(),
-                "nonfinite_steps": 1,
-                **self.lose_iteration(experience),
-                "seconds": time.perf_counter() - started,
-            }
-            return torch.zeros((), device=self.args.device)
-        mask = experience.batch.response_mask
+        # 1. responses, log-probs, values, scores
+        experience = self.collect(model, inputs)
+        if experience.nonfinite() is not None:
+            return self.skip_iteration(experience, started)
 
         # 2. rewards: the KL penalty on each token, the score on the last one
-        scores = self.normalized_scores(experience)
-        kl = ppo.kl_penalty(experience.logprobs, experience.ref_logprobs, "k1")
-        rewards = ppo.token_rewards(scores, kl, mask, self.kl_coef)
+        rewards = ppo.token_rewards(experience.normalized_scores, experience.kl, experience.mask, self.kl_coef)
 
-        # 3. advantages, whitened over all reply tokens of all processes
-        advantages, returns = ppo.gae(rewards, experience.values, mask, self.args.gamma, self.args.gae_lambda)
-        advantages = ppo.masked_whiten(advantages, mask)
+        # 3. advantages, whitened over all response tokens of all processes
+        advantages, returns = ppo.gae(
+            rewards, experience.values, experience.mask, self.args.gamma, self.args.gae_lambda
+        )
+        targets = Targets(ppo.masked_whiten(advantages, experience.mask), returns)
 
         # 4. PPO epochs
-        learning_rate = self._get_learning_rate()
-        update = self.update(model, experience, advantages, returns, iteration)
+        update = self.update(model, experience, targets)
 
-        # 5. what happened
-        reply_kl = (kl * mask).sum(1)  # [B], nats a reply
+        # 5. metrics, KL weight, guard, samples
+        return self.finish(experience, rewards, returns, update, started)
+
+    def collect(self, model: nn.Module, rows: list[dict[str, Any]]) -> Experience:
+        """One response to each prompt of this process, with seeds from iteration and row; gathered from all processes."""
+        first = self.args.process_index * len(rows)
+        seeds = [seed_of(self.args.seed, self.state.global_step, first + row) for row in range(len(rows))]
+        return self.collector.collect(model, rows, seeds)
+
+    def update(self, model: nn.Module, experience: Experience, targets: Targets) -> dict[str, float]:
+        """`ppo_epochs` passes over the batch; returns the metrics of the update, means over its optimizer steps."""
+        learning_rate = self._get_learning_rate()
+        steps: list[OptimizerStep] = []
+        skipped: list[Tensor] = []  # rows of the optimizer steps that changed nothing
+        first_ratio, stopped, quantity = None, False, ""
+        for rows in self.optimizer_batches(len(experience.scores)):
+            step = self.optimizer_step(model, experience, targets, rows, may_stop=bool(steps))
+            first_ratio = step.first_ratio if first_ratio is None else first_ratio
+            if step.nonfinite:
+                quantity = step.nonfinite
+                skipped.append(rows)
+            elif step.grad_norm is None:
+                stopped = True
+                break
+            else:
+                steps.append(step)
+        if skipped:
+            self.skip_step(quantity, experience.texts(torch.cat(skipped).unique()), OF_POLICY, whole_step=not steps)
+        made = [{**step.losses, "grad_norm": step.grad_norm} for step in steps]
+        return {
+            **({name: sum(step[name] for step in made) / len(made) for name in made[0]} if made else {}),
+            "ratio_first": first_ratio,
+            "optimizer_steps": len(made),
+            "stopped_early": float(stopped),
+            "nonfinite_steps": len(skipped),
+            "learning_rate": learning_rate,
+        }
+
+    def optimizer_batches(self, count: int) -> Iterator[Tensor]:
+        """Row indices of each optimizer step of the iteration, over all processes, in a new order each epoch."""
+        size = self.args.mini_batch_size * self.args.passes_per_step * self.args.world_size
+        for epoch in range(self.args.ppo_epochs):
+            seed = seed_of(self.args.seed, self.state.global_step, epoch, 1)
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            yield from order.to(self.args.device).split(size)
+
+    def optimizer_step(
+        self, model: nn.Module, experience: Experience, targets: Targets, rows: Tensor, may_stop: bool
+    ) -> OptimizerStep:
+        """One step on these rows of all processes: the mean over all their response tokens, wherever they are computed.
+
+        So neither the cut into micro-batches nor the number of processes changes the gradient.  may_stop: whether a policy
+        that moved too far ends the update; before the first step a KL is the rounding of the forward pass.
+        """
+        own_rows = rows.chunk(self.args.world_size)[self.args.process_index]
+        micro_batches = self.collector.micro_batches(experience.batch, own_rows)
+        step_tokens = experience.mask[rows].sum()
+        parts: list[MicroBatchLoss] = []
+        for number, micro_rows in enumerate(micro_batches, 1):
+            last = number == len(micro_batches)
+            self.accelerator.gradient_state._set_sync_gradients(last)  # what DeepSpeed's engine looks at
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                part = self.micro_batch_loss(model, experience.rows(micro_rows), targets, micro_rows, step_tokens)
+                # every process adds its share of the step's mean, and DDP divides by their number
+                self.accelerator.backward(part.loss * self.args.world_size)
+            parts.append(part._replace(loss=part.loss.detach()))
+        shares = sum(torch.stack(part.losses) for part in parts)
+        totals = Losses(*(self.accelerator.reduce(shares, "sum") if self.args.world_size > 1 else shares))
+        losses = {name: float(value) for name, value in totals._asdict().items()}
+        losses = {"loss": losses["policy_loss"] + self.args.value_coef * losses["value_loss"], **losses}
+        step = OptimizerStep(losses, parts[0].farthest_ratio)
+        if may_stop and self.args.early_stopping and losses["approx_kl"] > 1.5 * self.args.target_kl:
+            model.zero_grad()
+            return step
+        clipped = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
+        grad_norm = float(self._get_grad_norm(model, clipped))
+        nonfinite = self.drop_nonfinite(model, all(map(math.isfinite, losses.values())), grad_norm)
+        self.optimizer.step()
+        model.zero_grad()
+        return step._replace(grad_norm=grad_norm, nonfinite=nonfinite)
+
+    def micro_batch_loss(
+        self, model: nn.Module, experience: Experience, targets: Targets, rows: Tensor, step_tokens: Tensor
+    ) -> MicroBatchLoss:
+        """Loss of some rows.  experience: of these rows alone; targets: of all; step_tokens: of the optimizer step, []."""
+        mask = experience.mask
+        advantages, returns = targets.rows(rows, mask.shape[1])
+        inputs = {"input_ids": experience.batch.input_ids, "attention_mask": experience.batch.attention_mask}
+        has_critic = self.collector.has_critic
+        with self.compute_loss_context_manager():
+            new = model(**inputs, job=reply_job(experience.batch, self.collector.sampling, not has_critic))
+            values = self.collector.critic_values(model, experience.batch) if has_critic else new.values
+        policy = ppo.policy_loss(new.logprobs, experience.logprobs, advantages, mask, self.args.clip_range)
+        value = ppo.value_loss(values, experience.values, returns, mask, self.args.value_clip_range)
+        weight = mask.sum() / step_tokens
+        losses = Losses(policy.loss, value.loss, policy.clip_fraction, value.clip_fraction, policy.approx_kl)
+        ratios = (new.logprobs.detach() - experience.logprobs)[mask].exp()
+        return MicroBatchLoss(
+            (policy.loss + self.args.value_coef * value.loss) * weight,
+            Losses(*(part.detach() * weight for part in losses)),
+            float(ratios[(ratios - 1).abs().argmax()]),
+        )
+
+    def finish(
+        self, experience: Experience, rewards: Tensor, returns: Tensor, update: dict[str, float], started: float
+    ) -> Tensor:
+        """Put down what happened, steer the KL weight, let the guard look.  Returns the mean loss."""
+        mask, iteration = experience.mask, self.state.global_step
         metrics = {
-            **self.describe(experience, reply_kl, scores),
+            **describe(experience),
             **update,
             "reward_mean": float((rewards * mask).sum(1).mean()),
             "returns_mean": float(ppo.masked_mean(returns, mask)),
             "values_mean": float(ppo.masked_mean(experience.values, mask)),
             "kl_coef": self.kl_coef,
-            "learning_rate": learning_rate,
         }
         if iteration == 0 and metrics["kl_max"] > 1e-3:
             raise RuntimeError(f"the policy is not the SFT model before its first update: KL {metrics['kl_max']}")
         if self.args.adap_kl_ctrl:
             self.kl_coef = ppo.adaptive_kl_coef(
-                self.kl_coef, metrics["kl"], self.args.adap_kl_target, self.args.adap_kl_horizon, len(scores)
+                self.kl_coef, metrics["kl"], self.args.adap_kl_target, self.args.adap_kl_horizon, len(mask)
             )
         seconds = time.perf_counter() - started
         metrics |= {"seconds": seconds, "tokens_per_second": int(mask.sum()) / seconds}
-        if self.guard_dataset is not None:
-            measures = self.measure_for_guard([experience], self.train_dataset)
-            metrics |= {f"guard/{name}": value for name, value in measures.items()}
-            metrics |= self.watch(iteration + 1, {"rollouts": measures})
+        if self.watch.is_on:
+            metrics |= self.look(iteration + 1, experience)
         self.pending_metrics = metrics
-        self.write_samples(experience, reply_kl, iteration + 1)
+        self.samples = experience.samples(iteration + 1)
+        if self.is_world_process_zero():
+            append_jsonl(self.samples, self.args.output_dir, "samples.jsonl")
         return torch.tensor(metrics.get("loss", 0.0), device=self.args.device)
 
-    def lose_iteration(self, experience: Experience) -> dict[str, float]:
-        """Make no update: something in the batch is not finite.  Returns what the guard has to say for the log."""
-        name, advice, rows = experience.nonfinite()[0]
-        self.lose(name, self.rows_as_text(experience, rows.nonzero().squeeze(1), self.train_dataset), advice)
-        return self.watch(self.state.global_step + 1, {}) if self.guard_dataset is not None else {}
-
-    def rows_as_text(self, experience: Experience, rows: Tensor, dataset: Dataset) -> list[tuple[str, str]]:
-        """Prompt and reply of some rows."""
-        return list(zip(*self.texts(experience.rows(rows), dataset), strict=True))
-
-    def roll_out(self, model: nn.Module, rows: list[dict[str, Any]], iteration: int) -> Experience:
-        """Sample a reply to each prompt of this process, judge it, and gather what all processes have."""
-        first = self.args.process_index * len(rows)
-        seeds = [_seed(self.args.seed, iteration, first + row) for row in range(len(rows))]
-        return self.judge(model, [row["input_ids"] for row in rows], seeds, [row["index"] for row in rows])
-
-    @torch.no_grad()
-    def judge(
-        self,
-        model: nn.Module,
-        queries: list[list[int]],
-        seeds: list[int],
-        indices: list[int],
-        dataset: Dataset | None = None,
-    ) -> Experience:
-        """Sample with `seeds`; log-probs of policy and reference, values, scores and gold of the replies.
-
-        indices: of the prompts in `dataset`, by default the training prompts.
-        """
-        device = self.args.device
-        was_training = model.training
-        model.eval()
-        unwrapped = self.accelerator.unwrap_model(model)
-        replies = draw_replies(unwrapped, queries, seeds, self.sampling, with_values=not self.has_critic)
-        broken = ~replies.statistics.logprobs.isfinite().all(1)  # sampled from no distribution
-        model.train(was_training)
-        batch = Batch(*(part.to(device) for part in make_batch(queries, replies.ids, self.sampling.pad_token_id)))
-        logprobs, values, entropy = replies.statistics
-        if self.has_critic:
-            values = torch.zeros_like(logprobs)
-        ref_logprobs = torch.zeros_like(logprobs)
-        scores = torch.zeros(len(queries), device=device)
-        for index in self.passes(batch, torch.arange(len(queries), device=device)):
-            rows = batch.rows(index)
-            width = rows.response_mask.shape[1]
-            inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
-            if not self.same_arithmetic:  # the update must start at a ratio of 1
-                policy = model(**inputs, job=reply_job(rows, self.sampling, not self.has_critic))
-                logprobs[index, :width], entropy[index, :width] = policy.logprobs.float(), policy.entropy.float()
-                if not self.has_critic:
-                    values[index, :width] = policy.values.float()
-            if self.has_critic:
-                values[index, :width] = self.critic_values(model, rows)
-            with use_adapter(unwrapped, REFERENCE):
-                reference = model(**inputs, job=reply_job(rows, self.sampling, with_values=False))
-            ref_logprobs[index, :width] = reference.logprobs.float()
-            scores[index] = reward_scores(model, inputs)
-        logprobs[broken] = torch.nan
-        indices = torch.tensor(indices, device=device)
-        experience = Experience(batch, indices, logprobs, ref_logprobs, values, entropy, scores)
-        if self.gold is not None:
-            pairs = zip(*self.texts(experience, dataset or self.train_dataset), strict=True)
-            experience = experience._replace(gold=torch.tensor([self.gold(*pair) for pair in pairs], device=device))
-        return self.gather_experience(experience)
-
-    def passes(self, batch: Batch, rows: Tensor) -> list[Tensor]:
-        """`rows` of the batch in parts that go through the model together: at most `mini_batch_size`, of similar length."""
-        if not self.splits:
-            return list(rows.split(self.args.mini_batch_size))
-        lengths = batch.attention_mask[rows].sum(1).tolist()
-        parts = split_by_length(lengths, self.pass_overhead, self.args.mini_batch_size, self.pass_tokens)
-        return [rows[part] for part in parts]
-
-    def critic_values(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Values [B, T] from the critic's own adapter."""
-        with use_adapter(self.accelerator.unwrap_model(model), CRITIC):
-            return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=value_job(batch))
-
-    def gather_experience(self, local: Experience) -> Experience:
-        """The rows of all processes, in the order of the processes, padded alike."""
-        if self.args.world_size == 1:
-            return local
-
-        def together(part: Tensor, pad: int = 0) -> Tensor:
-            if part.dim() == 2:
-                part = self.accelerator.pad_across_processes(part, dim=1, pad_index=pad)
-            return self.accelerator.gather(part.contiguous())
-
-        ids = together(local.batch.input_ids, self.sampling.pad_token_id)
-        mask = together(local.batch.response_mask.int()).bool()
-        batch = Batch(ids, together(local.batch.attention_mask), together(local.batch.query_lengths), mask)
-        return Experience(batch, *(part if part is None else together(part) for part in local[1:]))
-
-    def texts(self, experience: Experience, dataset: Dataset) -> tuple[list[str], list[str]]:
-        """Prompts and replies as text."""
-        prompts = [dataset[index]["prompt"] for index in experience.indices.tolist()]
-        replies = self.processing_class.batch_decode(experience.batch.responses(), skip_special_tokens=True)
-        return prompts, replies
-
-    def normalized_scores(self, experience: Experience, dataset: Dataset | None = None) -> Tensor:
-        """Scores in the reward card's units, broken replies at the floor, minus baseline and missing-EOS penalty, clipped.
-
-        [B].  experience: replies to prompts of `dataset`, by default the training prompts.
-        """
-        scores = experience.scores
-        if self.args.floor_broken_replies:
-            prompts, texts = self.texts(experience, dataset or self.train_dataset)
-            found = [find_broken(prompt, text) is not None for prompt, text in zip(prompts, texts, strict=True)]
-            broken = torch.tensor(found, device=scores.device)
-            scores = floor_scores(scores, broken, self.statistics.mean, self.statistics.std)
-        scores = (scores - self.statistics.mean) / self.statistics.std - self.args.reward_baseline
-        scores = scores - self.args.missing_eos_penalty * (~self.ended(experience.batch)).float()
-        return scores.clamp(-self.args.score_clip, self.args.score_clip)
-
-    def ended(self, batch: Batch) -> Tensor:
-        """Which replies end with EOS, bool [B].  Only the reply is asked: a prompt may hold EOS too."""
-        last = batch.query_lengths + batch.response_mask.sum(1) - 1
-        return batch.input_ids.gather(1, last[:, None]).squeeze(1) == self.sampling.eos_token_id
-
-    # ---- PPO epochs ----
-
-    def update(
-        self, model: nn.Module, experience: Experience, advantages: Tensor, returns: Tensor, iteration: int
-    ) -> dict[str, float]:
-        """`ppo_epochs` passes over the batch; returns the metrics of the update.
-
-        Each optimizer step takes the mean over all reply tokens in it, on all processes, so that neither the cut into
-        micro-batches nor the number of processes changes the gradient.
-        """
-        sums: dict[str, float] = {}
-        ratio_first, optimizer_steps, stopped = None, 0, False
-        lost: list[Tensor] = []  # rows of the optimizer steps that were not made
-        for step_rows in self.optimizer_batches(len(advantages), iteration):
-            micro_batches = self.micro_batches(experience.batch, step_rows)
-            step_tokens = experience.batch.response_mask[step_rows].sum()
-            totals = torch.zeros(5, device=self.args.device)
-            for number, rows in enumerate(micro_batches):
-                last = number == len(micro_batches) - 1
-                self.accelerator.gradient_state._set_sync_gradients(last)  # what DeepSpeed's engine looks at
-                with self.accelerator.no_sync(model) if not last else contextlib.nullcontext():
-                    share, part, ratio = self.micro_batch_loss(
-                        model, experience, advantages, returns, rows, step_tokens
-                    )
-                    # every process adds its share of the step's mean, and DDP divides by their number
-                    self.accelerator.backward(share * self.args.world_size)
-                totals += part
-                if optimizer_steps == 0 and ratio_first is None:
-                    ratio_first = ratio
-            totals = self.accelerator.reduce(totals, "sum") if self.args.world_size > 1 else totals
-            policy_loss, value_loss, clip_fraction, value_clip_fraction, approx_kl = totals.tolist()
-            moved = optimizer_steps > 0  # before, a KL is the rounding of the forward pass
-            stopped = moved and self.args.early_stopping and approx_kl > 1.5 * self.args.target_kl
-            if stopped:
-                model.zero_grad()
-                break
-            clipped = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
-            grad_norm = float(self._get_grad_norm(model, clipped))
-            nonfinite = self.drop_nonfinite(model, bool(totals.isfinite().all()), grad_norm)
-            self.optimizer.step()
-            model.zero_grad()
-            if nonfinite:
-                what = nonfinite
-                lost.append(step_rows)
-                continue
-            optimizer_steps += 1
-            step = {
-                "loss": policy_loss + self.args.value_coef * value_loss,
-                "policy_loss": policy_loss,
-                "value_loss": value_loss,
-                "clip_fraction": clip_fraction,
-                "value_clip_fraction": value_clip_fraction,
-                "approx_kl": approx_kl,
-                "grad_norm": grad_norm,
-            }
-            sums = {name: sums.get(name, 0.0) + value for name, value in step.items()}
-        if lost:
-            rows = self.rows_as_text(experience, torch.cat(lost).unique(), self.train_dataset)
-            self.lose(what, rows, OF_POLICY, whole_step=not optimizer_steps)
-        means = {name: value / optimizer_steps for name, value in sums.items()}
-        return {
-            **means,
-            "ratio_first": ratio_first,
-            "optimizer_steps": optimizer_steps,
-            "stopped_early": float(stopped),
-            "nonfinite_steps": len(lost),
+    def skip_iteration(self, experience: Experience, started: float) -> Tensor:
+        """Make no update: something in the batch is not finite."""
+        found = experience.nonfinite()
+        self.skip_step(found.quantity, experience.texts(found.rows.nonzero().squeeze(1)), found.advice)
+        self.pending_metrics = {
+            "kl_coef": self.kl_coef,
+            "learning_rate": self._get_learning_rate(),
+            "nonfinite_steps": 1,
+            **(self.look(self.state.global_step + 1, None) if self.watch.is_on else {}),
+            "seconds": time.perf_counter() - started,
         }
+        return torch.zeros((), device=self.args.device)
 
-    def optimizer_batches(self, count: int, iteration: int) -> Iterator[Tensor]:
-        """Row indices of each optimizer step of the iteration, over all processes, in a new order each epoch."""
-        size = self.args.mini_batch_size * self.args.passes_per_step * self.args.world_size
-        for epoch in range(self.args.ppo_epochs):
-            generator = torch.Generator().manual_seed(_seed(self.args.seed, iteration, epoch, 1))
-            yield from torch.randperm(count, generator=generator).to(self.args.device).split(size)
+    # ---- Held-out prompts ----
 
-    def micro_batches(self, batch: Batch, step_rows: Tensor) -> list[Tensor]:
-        """This process's part of an optimizer step, in `passes`."""
-        return self.passes(batch, step_rows.chunk(self.args.world_size)[self.args.process_index])
+    def look(self, iteration: int, experience: Experience | None) -> dict[str, float]:
+        """Let the watch look, and end the training where it went back to best/.  Returns metrics for the log."""
+        metrics = self.watch.look(iteration, experience)
+        if self.watch.stopped:
+            self.control.should_training_stop = True
+        return metrics
 
-    def micro_batch_loss(
-        self,
-        model: nn.Module,
-        experience: Experience,
-        advantages: Tensor,
-        returns: Tensor,
-        rows: Tensor,
-        step_tokens: Tensor,
-    ) -> tuple[Tensor, Tensor, float]:
-        """Share of the step's loss that these rows carry, its parts (detached, [5]), and the ratio farthest from 1."""
-        batch = experience.batch.rows(rows)
-        mask = batch.response_mask
-        width = mask.shape[1]
-        old_logprobs, old_values, advantages, returns = (
-            part[rows, :width] for part in (experience.logprobs, experience.values, advantages, returns)
-        )
-        with self.compute_loss_context_manager():
-            new = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                job=reply_job(batch, self.sampling, not self.has_critic),
-            )
-            values = self.critic_values(model, batch) if self.has_critic else new.values
-        policy = ppo.policy_loss(new.logprobs, old_logprobs, advantages, mask, self.args.clip_range)
-        value = ppo.value_loss(values, old_values, returns, mask, self.args.value_clip_range)
-        weight = mask.sum() / step_tokens
-        parts = torch.stack([policy.loss, value.loss, policy.clip_fraction, value.clip_fraction, policy.approx_kl])
-        ratios = (new.logprobs.detach() - old_logprobs)[mask].exp()
-        farthest = float(ratios[(ratios - 1).abs().argmax()])
-        return (policy.loss + self.args.value_coef * value.loss) * weight, parts.detach() * weight, farthest
-
-    # ---- Measures, samples, evaluation ----
-
-    def describe(self, experience: Experience, reply_kl: Tensor, scores: Tensor) -> dict[str, float]:
-        """Measures of a batch of replies, over replies or over real tokens, never over padding."""
-        mask = experience.batch.response_mask
-        lengths = mask.sum(1).float()
-        k3 = ppo.kl_penalty(experience.logprobs, experience.ref_logprobs, "k3") * mask
-        texts = self.processing_class.batch_decode(experience.batch.responses(), skip_special_tokens=True)
-        return {
-            "score_mean": float(experience.scores.mean()),
-            "score_std": float(experience.scores.std(unbiased=False)),
-            "normalized_score_mean": float(scores.mean()),
-            **({} if experience.gold is None else {"gold_mean": float(experience.gold.mean())}),
-            "kl": float(reply_kl.mean()),
-            "kl_k3": float(k3.sum(1).mean()),
-            "kl_max": float(reply_kl.abs().max()),
-            "response_length": float(lengths.mean()),
-            "response_length_std": float(lengths.std(unbiased=False)),
-            "empty_fraction": sum(not text.strip() for text in texts) / len(texts),
-            "ended_fraction": float(self.ended(experience.batch).float().mean()),
-            "entropy": float(ppo.masked_mean(experience.entropy, mask)),
-        }
-
-    def reply_to(self, dataset: Dataset, iteration: int) -> Iterator[Experience]:
-        """Judged replies to all prompts of a data set (but for a rest that the processes cannot share), seeds by prompt.
-
-        iteration: after which one this is.  Replies with numbers that are not finite are left out; raises RunError when
-        there are no others.
-        """
-        count, what, whole = len(dataset), None, 0
-        share = range(self.args.process_index, count - count % self.args.world_size, self.args.world_size)
-        size = self.args.per_device_eval_batch_size
-        for start in range(0, len(share), size):
-            rows = [dataset[i] for i in share[start : start + size]]
-            seeds = [_seed(self.args.seed, row["index"], 0, 2) for row in rows]
-            queries, indices = [row["input_ids"] for row in rows], [row["index"] for row in rows]
-            experience = self.judge(self.model_wrapped, queries, seeds, indices, dataset)
-            found = experience.nonfinite()
-            if found:
-                what = found[0][0]
-                broken = torch.stack([part for _, _, part in found]).any(0)
-                self.note_nonfinite(
-                    what, self.rows_as_text(experience, broken.nonzero().squeeze(1), dataset), iteration
-                )
-                experience = None if broken.all() else experience.rows((~broken).nonzero().squeeze(1))
-            if experience is not None:
-                whole += len(experience.scores)
-                yield experience
-        if what and not whole:
-            raise RunError(
-                f"stopped after iteration {iteration}: NaN or infinity in {what} for every held-out prompt; check base "
-                "and adapters, or compute in float32 (--bf16 false --dtype float32)"
-            )
+    def respond_to_all(self, dataset: Dataset, iteration: int) -> Iterator[Experience]:
+        """Experience of all prompts of a data set, seeds by prompt.  iteration: after which one this is."""
+        return self.collector.respond_to_all(self.model_wrapped, dataset, iteration, self.note_nonfinite)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Reply to every held-out prompt with fixed seeds, log eval_* measures.  Changes nothing in training."""
-        measures: dict[str, float] = {}
-        count = 0
-        for experience in self.reply_to(self.eval_dataset, self.state.global_step):
-            kl = ppo.kl_penalty(experience.logprobs, experience.ref_logprobs, "k1") * experience.batch.response_mask
-            scores = self.normalized_scores(experience, self.eval_dataset)
-            for name, value in self.describe(experience, kl.sum(1), scores).items():
-                if name in ("score_mean", "normalized_score_mean", "kl", "kl_k3", "response_length", "empty_fraction"):
-                    measures[f"eval_{name}"] = measures.get(f"eval_{name}", 0.0) + value * len(scores)
-            if experience.gold is not None:
-                measures["eval_gold"] = measures.get("eval_gold", 0.0) + float(experience.gold.sum())
-            count += len(scores)
-        measures = {name: value / count for name, value in measures.items()}
-        self.log(measures)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measures)
-        return measures
+        """Respond to every held-out prompt with fixed seeds, log eval_* measures.  Changes nothing in training."""
+        measures = evaluation_measures(self.respond_to_all(self.eval_dataset, self.state.global_step))
+        metrics = {f"eval_{name}": value for name, value in measures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
-    # ---- The guard ----
-
-    def measure_for_guard(self, parts: list[Experience], dataset: Dataset) -> dict[str, float]:
-        """What the guard looks at, of replies to prompts of `dataset`."""
-        prompts, replies, lengths, kl, scores = [], [], [], [], []
-        for part in parts:
-            mask = part.batch.response_mask
-            of_part = self.texts(part, dataset)
-            prompts += of_part[0]
-            replies += of_part[1]
-            lengths += mask.sum(1).tolist()
-            kl.append((ppo.kl_penalty(part.logprobs, part.ref_logprobs, "k1") * mask).sum(1))
-            scores.append(self.normalized_scores(part, dataset))
-        raw = torch.cat([part.scores for part in parts])
-        return {
-            **measure_replies(prompts, replies, lengths),
-            "kl": float(torch.cat(kl).mean()),
-            "score": float(torch.cat(scores).mean()),
-            "extreme": float((raw - self.statistics.mean).abs().max() / self.statistics.std),
-        }
-
-    def watch(self, iteration: int, measures: dict[str, dict[str, float]]) -> dict[str, float]:
-        """Let the guard look at the state after `iteration`; keep best/, or stop the run.  Returns metrics for the log."""
-        metrics = {}
-        looks = iteration % self.args.guard_freq == 0 or iteration == self.args.steps
-        if looks:
-            parts = list(self.reply_to(self.guard_dataset, iteration))
-            held_out = self.measure_for_guard(parts, self.guard_dataset)
-            measures = {**measures, "held-out": held_out}
-            metrics = {f"heldout/{name}": value for name, value in held_out.items()}
-            if self.gold is not None:  # for the log alone: neither a sign nor best/ may depend on it
-                metrics["heldout/gold"] = float(torch.cat([part.gold for part in parts]).mean())
-        signs = self.guard.check(iteration, measures)
-        for level, sentence in signs:
-            say(f"{level}: iteration {iteration}: {sentence}")
-        if looks and self.guard.is_best(iteration, held_out, signs):
-            self.save_best()
-        if self.guard.collapse_at == iteration:
-            say(f"collapse: {self.guard.verdict}")
-            if self.args.guard == "stop":
-                self.roll_back()
-        counts = {"signs": len(signs), "alarms": sum(level == ALARM for level, _ in signs)}
-        counts["recent_alarms"] = len(self.guard.alarms)
-        return metrics | {f"guard/{name}": float(count) for name, count in counts.items()}
-
-    def save_best(self) -> None:
-        """Write the policy as it is to best/, which is never half written."""
-        state = self.trained_state()
-        if self.is_world_process_zero():
-            folder = os.path.join(self.args.output_dir, BEST)
-            with saving(folder):
-                self.write_policy(folder + ".new", state)
-                write_json({**self.record, "best": self.guard.best}, folder + ".new", "run.json")
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(folder + ".new", folder)
-
-    def roll_back(self) -> None:
-        """Put the policy of best/ in the place of the collapsed one, and end the training."""
-        say(f"stopped, and rolled back to {BEST}/: the policy of iteration {self.guard.best['iteration']}")
-        self.accelerator.wait_for_everyone()
-        self.load_policy(os.path.join(self.args.output_dir, BEST))
-        self.control.should_training_stop = True
-
-    def outcome(self) -> dict[str, Any]:
-        """What run.json says about the end of the run; None for what did not happen."""
-        best = self.guard.best
-        stopped = self.guard.verdict is not None and self.args.guard == "stop"
-        guard = {"verdict": self.guard.verdict, "collapse_at": self.guard.collapse_at, "stopped": stopped}
-        return {"best": best, "guard": {**guard, "rolled_back_to": best["iteration"] if stopped else None}}
+    # ---- Logs and files ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put the iteration's metrics in the place of the Trainer's own loss and gradient norm, which it cannot know."""
@@ -785,70 +534,13 @@ class PPOTrainer(SteadyTrainer):
             logs = self.pending_metrics
         super().log(logs, start_time)
 
-    def write_samples(self, experience: Experience, reply_kl: Tensor, iteration: int) -> None:
-        """Add every reply of the iteration to samples.jsonl."""
-        if not self.is_world_process_zero():
-            return
-        texts = self.processing_class.batch_decode(experience.batch.responses(), skip_special_tokens=True)
-        rows = zip(
-            experience.indices.tolist(),
-            texts,
-            experience.scores.tolist(),
-            reply_kl.tolist(),
-            experience.batch.response_mask.sum(1).tolist(),
-            strict=True,
-        )
-        self.samples[:] = [
-            {
-                "iteration": iteration,
-                "prompt": self.train_dataset[index]["prompt"],
-                "response": text,
-                "score": score,
-                "kl": kl,
-                "length": length,
-            }
-            for index, text, score, kl, length in rows
-        ]
-        if experience.gold is not None:
-            for row, gold in zip(self.samples, experience.gold.tolist(), strict=True):
-                row["gold"] = gold
-        append_jsonl(self.samples, self.args.output_dir, "samples.jsonl")
-
-    # ---- Saving ----
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """Policy, critic and value head as whole tensors on the CPU.  Every process has to call it."""
-        parts = (f".{POLICY}.", f".{CRITIC}.", ".v_head.")
-        model = self.accelerator.unwrap_model(self.model)
-        return whole_parameters(model, lambda name: any(part in name for part in parts))
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Gather what is trained from all processes, and let the first one write it."""
-        state = self.trained_state()
+        state = self.policy_files.gather()
         if self.args.should_save:
-            self.write_policy(output_dir or self.args.output_dir, state)
+            self.policy_files.write(output_dir or self.args.output_dir, state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def write_policy(self, folder: str, state: dict[str, Tensor]) -> None:
-        """The policy adapter, the critic, the value head, the tokenizer and what PPO itself has to remember.
-
-        state: from `trained_state`.
-        """
-        os.makedirs(folder, exist_ok=True)
-        adapters = [POLICY, CRITIC] if self.has_critic else [POLICY]
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state, selected_adapters=adapters)
-        save_value_head(state, folder)
-        self.processing_class.save_pretrained(folder)
-        write_json({"kl_coef": self.kl_coef, "guard": self.guard.state()}, folder, STATE_FILE)
-
-    def load_policy(self, folder: str) -> None:
-        """Fill policy adapter, critic and value head from a folder that `write_policy` wrote."""
-        model = self.accelerator.unwrap_model(self.model)
-        load_weights(model, folder, POLICY)
-        if self.has_critic:
-            load_weights(model, os.path.join(folder, CRITIC), CRITIC)
-        load_value_head(model.get_base_model(), folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # DeepSpeed fills the parameters by itself, and calls nothing of ours.
@@ -858,60 +550,16 @@ class PPOTrainer(SteadyTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Fill policy adapter, critic and value head from a checkpoint."""
-        self.load_policy(resume_from_checkpoint)
-        with open(os.path.join(resume_from_checkpoint, STATE_FILE), encoding="utf-8") as file:
-            state = json.load(file)
+        state = self.policy_files.load(resume_from_checkpoint)
         self.kl_coef = state["kl_coef"]
-        self.guard.restore(state["guard"])
-        if self.is_world_process_zero():  # a later one is of iterations that are now done again
-            best = os.path.join(self.args.output_dir, BEST)
-            with saving(best):
-                shutil.rmtree(best, ignore_errors=True)
-                if self.guard.best is not None:
-                    shutil.copytree(os.path.join(resume_from_checkpoint, BEST), best)
+        self.watch.restore(state["guard"], resume_from_checkpoint)
 
     def add_to_checkpoint(self, folder: str) -> None:
         super().add_to_checkpoint(folder)
-        if self.guard.best is not None:
-            shutil.copytree(os.path.join(self.args.output_dir, BEST), os.path.join(folder, BEST))
+        self.watch.add_to_checkpoint(folder)
 
     def is_finished(self) -> bool:
-        return super().is_finished() or (self.args.guard == "stop" and self.guard.verdict is not None)
-
-
-def _seed(*parts: int) -> int:
-    """One number out of several, spread over 63 bits: seed, iteration and row must not fall on each other."""
-    state = 0
-    for part in parts:
-        state = ((state ^ (part + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9) % 2**64
-        state ^= state >> 31
-    return state % 2**63
-
-
-def read_statistics(reward: SavedAdapter, allow_weak: bool) -> ScoreStatistics:
-    """Mean and standard deviation of the scores out of the reward card; 0 and 1 where there is none.
-
-    Raises InputError when the card is missing or says that the model did not pass, unless `allow_weak` lets it through
-    with a warning: PPO finds whatever a reward model likes by mistake.
-    """
-    card = read_card(reward.path)
-    if card is None:
-        weak = f"the reward adapter {reward.path} has no reward_card.json, so nothing is known about it"
-    elif not card.get("passed"):
-        reasons = in_short(card.get("failed", [])) or "it is the card of an older version"
-        weak = f"the reward adapter {reward.path} did not pass its reward card: {reasons}"
-    else:
-        weak = None
-    if weak and not allow_weak:
-        raise InputError(
-            f"{weak}; train it with reward_modeling.py on more data or with a higher --degenerate_ratio, or go on at your "
-            "own risk with --allow_weak_reward true"
-        )
-    if weak:
-        say(f"warning: {weak}")
-    if card is None:
-        return ScoreStatistics()
-    return ScoreStatistics(card["score_mean"], card["score_std"] or 1.0)
+        return super().is_finished() or self.watch.stopped
 
 
 def split_guard_prompts(rows: Dataset, count: int, needed: int) -> tuple[Dataset, Dataset]:
@@ -939,8 +587,89 @@ def longest_prompt(args: PPOArguments) -> int:
 
 
 def number_rows(prompts: Dataset) -> Dataset:
-    """Add the column `index`, by which a reply finds its prompt again."""
+    """Add the column `index`, from which the seeds of an evaluation come."""
     return prompts.add_column("index", list(range(len(prompts))))
+
+
+class Prompts(NamedTuple):
+    """Tokenized prompts, numbered."""
+
+    train: Dataset
+    evaluation: Dataset | None = None
+    guard: Dataset | None = None  # held out for the guard; None: no guard
+
+
+def read_prompts(
+    data_args: DataArguments, args: PPOArguments, template: str, tokenizer: PreTrainedTokenizerBase
+) -> Prompts:
+    """Prompts for training, evaluation and guard.  Raises InputError where there are too few for an iteration."""
+    longest = longest_prompt(args)
+    train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_PREFERENCES)
+    check_evaluation(args, eval_rows is not None)
+    train = tokenize_prompts(train_rows, template, tokenizer, longest)
+    evaluation = eval_rows and number_rows(tokenize_prompts(eval_rows, template, tokenizer, longest))
+    needed = args.batch_size * args.world_size
+    guard = None
+    if args.guard != "off":
+        if evaluation is not None:
+            guard = evaluation.select(range(min(args.guard_prompts, len(evaluation))))
+        else:
+            train, guard = split_guard_prompts(train, args.guard_prompts, needed)
+            guard = number_rows(guard)
+    if len(train) < needed:
+        raise InputError(
+            f"{len(train)} prompts are fewer than the {needed} of one iteration (--batch_size in each process); "
+            "give more prompts or a smaller batch"
+        )
+    return Prompts(number_rows(train), evaluation, guard)
+
+
+def build_trainer(
+    args: PPOArguments,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sft: SavedAdapter,
+    reward: SavedAdapter,
+    prompts: Prompts,
+    statistics: ScoreStatistics,
+    gold: Gold | None = None,
+    record: dict[str, Any] | None = None,
+) -> PPOTrainer:
+    """The learner with everything around it, ready to train.  Changes `base`, which gets adapters and heads.
+
+    statistics: of the reward model's scores; gold: what is only measured; record: content of run.json.
+    """
+    sampling = Sampling(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=args.output_max_length,
+        temperature=args.temperature,
+        repetition_penalty=args.repetition_penalty,
+        begin_suppress_tokens=first_token_ban(args.begin_suppress_tokens, tokenizer),
+    )
+    model = assemble_ppo_model(base, sft, reward, args.critic == "adapter")
+    if args.critic == "adapter":
+        start_critic(model, *statistics)
+    if args.activation_checkpointing:
+        model.enable_input_require_grads()  # a frozen embedding gives checkpointed layers nothing to differentiate
+    check_output_logits(model)
+    trainer = PPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=prompts.train,
+        eval_dataset=prompts.evaluation,
+        processing_class=tokenizer,
+        callbacks=[RunFiles(record or {}, key="iteration")],
+        sampling=sampling,
+        statistics=statistics,
+        guard_dataset=prompts.guard,
+        gold=gold,
+        record=record,
+    )
+    trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+    trainer.add_callback(IterationLines())
+    use_grouped_names(trainer)
+    return trainer
 
 
 def main() -> None:
@@ -959,7 +688,7 @@ def main() -> None:
     reward = read_adapter(training_args.reward_model_lora_path, "--reward_model_lora_path")
     check_kind(sft, "--sft_model_lora_path", needs_score_head=False)
     check_kind(reward, "--reward_model_lora_path", needs_score_head=True)
-    longest = longest_prompt(training_args)
+    longest_prompt(training_args)
     gold = None if training_args.gold_function is None else load_gold(training_args.gold_function)
     announce(
         lambda model, args: ppo_plan(model, args, sft, reward, dtype),
@@ -976,78 +705,33 @@ def main() -> None:
     tokenizer = load_tokenizer(model_args)
     template = model_args.prompt_template
     check_template(template, tokenizer)
-    sampling = Sampling(
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=training_args.output_max_length,
-        temperature=training_args.temperature,
-        repetition_penalty=training_args.repetition_penalty,
-        begin_suppress_tokens=first_token_ban(training_args.begin_suppress_tokens, tokenizer),
-    )
-    train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_PREFERENCES)
-    check_evaluation(training_args, eval_rows is not None)
-    train_dataset = tokenize_prompts(train_rows, template, tokenizer, longest)
-    eval_dataset = eval_rows and number_rows(tokenize_prompts(eval_rows, template, tokenizer, longest))
-    needed = training_args.batch_size * training_args.world_size
-    guard_dataset = None
-    if training_args.guard != "off":
-        if eval_dataset is not None:
-            guard_dataset = eval_dataset.select(range(min(training_args.guard_prompts, len(eval_dataset))))
-        else:
-            train_dataset, guard_dataset = split_guard_prompts(train_dataset, training_args.guard_prompts, needed)
-            guard_dataset = number_rows(guard_dataset)
-    train_dataset = number_rows(train_dataset)
-    if len(train_dataset) < needed:
-        raise InputError(
-            f"{len(train_dataset)} prompts are fewer than the {needed} of one iteration (--batch_size in each process); "
-            "give more prompts or a smaller batch"
-        )
+    first_token_ban(training_args.begin_suppress_tokens, tokenizer)  # before anything large is read
+    prompts = read_prompts(data_args, training_args, template, tokenizer)
     if gold is not None:
-        try_gold(gold, train_dataset[0]["prompt"])
+        try_gold(gold, prompts.train[0]["prompt"])
 
     # ---- Model ----
     base = load_base(model_args, dtype, training_args.device)
     check_adapter(sft, "--sft_model_lora_path", False, template, base)
     check_adapter(reward, "--reward_model_lora_path", True, template, base)
     statistics = read_statistics(reward, training_args.allow_weak_reward)
-    record = run_record("ppo", base, model_args, training_args, data=asdict(data_args))
-    model = assemble_ppo_model(base, sft, reward, training_args.critic == "adapter")
     if not training_args.normalize_scores:
         statistics = ScoreStatistics()
-    if training_args.critic == "adapter":
-        start_critic(model, *statistics)
-    if training_args.activation_checkpointing:
-        model.enable_input_require_grads()  # a frozen embedding gives checkpointed layers nothing to differentiate
-    check_output_logits(model)
 
     # ---- Training ----
-    trainer = PPOTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        callbacks=[RunFiles(record, key="iteration")],
-        sampling=sampling,
-        statistics=statistics,
-        guard_dataset=guard_dataset,
-        gold=gold,
-        record=record,
-    )
-    trainer.remove_callback(PrinterCallback if training_args.disable_tqdm else ProgressCallback)
-    trainer.add_callback(IterationLines())
-    use_grouped_names(trainer, trainer.samples)
+    record = run_record("ppo", base, model_args, training_args, data=asdict(data_args))
+    trainer = build_trainer(training_args, base, tokenizer, sft, reward, prompts, statistics, gold, record)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # ---- Save ----
     trainer.save_model()
     if trainer.is_world_process_zero():
-        write_json({**record, **trainer.outcome()}, training_args.output_dir, "run.json")
+        write_json({**record, **trainer.watch.outcome()}, training_args.output_dir, "run.json")
         draw_curves(training_args.output_dir)
     say(f"PPO adapter: {training_args.output_dir}")
-    if trainer.guard.best is not None:
-        best = trainer.guard.best
-        say(f"best policy: {os.path.join(training_args.output_dir, BEST)}, iteration {best['iteration']}")
+    best = trainer.watch.guard.best
+    if best is not None:
+        say(f"best policy: {trainer.watch.best_folder}, iteration {best['iteration']}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from reporting.trackers import check_trackers
 from runs.checkpoints import resume_path
 from runs.memory_plan import announce, sft_plan
 from runs.run_files import RunFiles, run_record
-from runs.trainer import SteadyArguments, SteadyTrainer
+from runs.trainer import ResumableArguments, ResumableTrainer
 from utils.adapters import new_lora_config
 from utils.arguments import (
     DataArguments,
@@ -46,7 +46,7 @@ DEFAULT_DATASET = "Hello-SimpleAI/HC3-Chinese"  # the article's
 
 
 @dataclass
-class SFTArguments(SteadyArguments, SFTConfig):
+class SFTArguments(ResumableArguments, SFTConfig):
     """TRL's configuration with this toolkit's defaults."""
 
     output_dir: str | None = field(default="output/sft", metadata={"help": "Folder for everything that is written."})
@@ -63,7 +63,7 @@ class SFTArguments(SteadyArguments, SFTConfig):
         super().__post_init__()
 
 
-class SortedSFTTrainer(SteadyTrainer, SFTTrainer):
+class SortedSFTTrainer(ResumableTrainer, SFTTrainer):
     """TRL's trainer with less padding: the rows that go through the model together are of similar length.
 
     The loss of an optimizer step is a sum over all its reply tokens, divided by their number.  So it does not matter which

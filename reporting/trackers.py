@@ -131,10 +131,10 @@ def read_picture(path: str) -> np.ndarray:
 class Grouped:
     """Mixed into a tracker's callback of transformers: what stage 3 shows, instead of the Trainer's names."""
 
-    def __init__(self, samples: list[dict[str, Any]]) -> None:
-        """samples: rows of samples.jsonl, which the trainer fills anew in each iteration."""
+    def __init__(self, trainer: Trainer) -> None:
+        """trainer: its `samples` are the rows of samples.jsonl of this iteration."""
         super().__init__()
-        self.samples = samples
+        self.trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -149,7 +149,7 @@ class Grouped:
         if not state.is_world_process_zero:
             return
         metrics = {tracker_name(name): value for name, value in logs.items()}
-        replies = self.samples if "score_mean" in logs else []  # an evaluation has none to show
+        replies = self.trainer.samples if "score_mean" in logs else []  # an evaluation has none to show
         step = state.global_step
         # the SFT model's replies, and those of every checkpoint
         shown = step in (1, state.max_steps) or step % args.save_steps == 0
@@ -199,9 +199,9 @@ class TrackioTracker(Grouped, TrackioCallback):
         send(self._trackio, *log)
 
 
-def use_grouped_names(trainer: Trainer, samples: list[dict[str, Any]]) -> None:
-    """Put our trackers in the place of the Trainer's own ones.  samples: as `Grouped` takes them."""
+def use_grouped_names(trainer: Trainer) -> None:
+    """Put our trackers in the place of the Trainer's own ones."""
     ours = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker, TrackioCallback: TrackioTracker}
     for stock, tracker in ours.items():
         if trainer.pop_callback(stock) is not None:
-            trainer.add_callback(tracker(samples))
+            trainer.add_callback(tracker(trainer))

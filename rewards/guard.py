@@ -15,12 +15,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor
+from rewards.broken_replies import words_of
 
-from rewards.broken_replies import find_broken, words_of
-
-FLOOR = 3.0  # standard deviations under the mean score: where a broken reply is put, at most
 EXTREME = 8.0  # standard deviations from the mean score from which a single reply is named
 WARNING, ALARM = "warning", "alarm"
 
@@ -43,47 +39,36 @@ class Limits:
     score_rise: float = 0.5  # standard deviations
 
 
-def floor_scores(scores: Tensor, broken: Tensor, mean: float, std: float) -> Tensor:
-    """Scores with the broken replies' put at a floor, [B]: the lowest score of the others, and at most mean - 3 std.
+def measure_responses(
+    prompts: Sequence[str], responses: Sequence[str], faults: Sequence[str | None], lengths: Sequence[int]
+) -> dict[str, float]:
+    """What the responses look like, whatever they score.  faults: what `find_broken` says of each.
 
-    scores: float [B], as the reward model gives them; broken: bool [B]; mean, std: of scores on held-out replies.
-    One empty reply with a lucky score is enough to ruin a policy, so it never gets one.
-    """
-    sound = scores[~broken]
-    lowest = torch.full_like(scores[:1], mean - FLOOR * std)
-    floor = torch.cat([lowest, sound]).min()
-    return torch.where(broken, torch.minimum(scores, floor), scores)
-
-
-def measure_replies(prompts: Sequence[str], replies: Sequence[str], lengths: Sequence[int]) -> dict[str, float]:
-    """What the replies look like, whatever they score.
-
-    length: mean, in tokens.  broken: share with a plain fault (see `find_broken`); empty: with no text at all.
-    same: share of replies that another prompt got too, word for word.  distinct: share of different ones among all pairs
-    of neighbouring words (Li et al. 2016, distinct-2), 1 where there are none; it falls with the number of replies, so
-    compare equal numbers.  asked: mean share of the prompt's words that the reply has too, each with the weight
+    length: mean, in tokens.  broken: share with a plain fault; empty: without a letter, digit or symbol.
+    same: share of responses that another prompt got too, word for word.  distinct: share of different ones among all pairs
+    of neighbouring words (Li et al. 2016, distinct-2), 1 where there are none; it falls with the number of responses, so
+    compare equal numbers.  asked: mean share of the prompt's words that the response has too, each with the weight
     log(prompts / prompts with it) (Sparck Jones 1972, idf): words that all prompts have say nothing.
     """
-    found = [find_broken(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True)]
     askers: dict[str, set[str]] = {}
-    for prompt, reply in zip(prompts, replies, strict=True):
-        askers.setdefault(reply.strip(), set()).add(prompt)
-    count = len(replies)
-    said = [words_of(reply) for reply in replies]
+    for prompt, response in zip(prompts, responses, strict=True):
+        askers.setdefault(response.strip(), set()).add(prompt)
+    count = len(responses)
+    said = [words_of(response) for response in responses]
     pairs = [pair for words in said for pair in pairwise(words)]
     asked = [set(words_of(prompt)) for prompt in prompts]
     askers_of = Counter(word for words in asked for word in words)
     shares = []
-    for words, reply in zip(asked, map(set, said), strict=True):
+    for words, taken_up in zip(asked, map(set, said), strict=True):
         weights = {word: math.log(count / askers_of[word]) for word in words}
         if any(weights.values()):
             # fsum: the words of a set come in another order in each process, and the sum has to be the same
-            shares.append(math.fsum(weights[word] for word in words & reply) / math.fsum(weights.values()))
+            shares.append(math.fsum(weights[word] for word in words & taken_up) / math.fsum(weights.values()))
     return {
         "length": sum(lengths) / count,
-        "broken": sum(kind is not None for kind in found) / count,
-        "empty": sum(kind in ("empty", "blank") for kind in found) / count,
-        "same": sum(len(askers[reply.strip()]) > 1 for reply in replies) / count,
+        "broken": sum(kind is not None for kind in faults) / count,
+        "empty": sum(kind in ("empty", "blank") for kind in faults) / count,
+        "same": sum(len(askers[response.strip()]) > 1 for response in responses) / count,
         "distinct": len(set(pairs)) / len(pairs) if pairs else 1.0,
         "asked": sum(shares) / len(shares) if shares else 0.0,
     }
@@ -92,7 +77,7 @@ def measure_replies(prompts: Sequence[str], replies: Sequence[str], lengths: Seq
 def find_signs(now: dict[str, float], sft: dict[str, float], limits: Limits) -> list[tuple[str, str]]:
     """(level, sentence) for everything that has moved too far from the SFT model.
 
-    now, sft: `measure_replies` and kl (nats a reply), score (normalised mean), extreme (largest |normalised score|).
+    now, sft: `measure_responses` and kl (nats a reply), score (normalised mean), extreme (largest |normalised score|).
     """
     signs, budget = find_reply_signs(now, sft, limits), limits.kl_budget
     if now["kl"] >= budget:

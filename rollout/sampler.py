@@ -68,6 +68,15 @@ def inverse_cumulative(probabilities: Tensor, uniforms: Tensor, block: int = 256
     return (number * block + torch.searchsorted(inside, target, right=True).clamp(max=block - 1)).squeeze(1)
 
 
+def seed_of(*parts: int) -> int:
+    """One number out of several, spread over 63 bits: seed, iteration and row must not fall on each other."""
+    state = 0
+    for part in parts:
+        state = ((state ^ (part + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9) % 2**64
+        state ^= state >> 31
+    return state % 2**63
+
+
 def uniform_streams(seeds: Sequence[int], length: int) -> Tensor:
     """For each seed its own stream of `length` numbers in [0, 1), float64 [B, length]."""
     streams = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]

@@ -1,6 +1,6 @@
 """The Trainer of all three stages: a run that is interrupted loses nothing.
 
-What transformers.Trainer does not do and SteadyTrainer adds: checkpoints appear whole or not at all (runs/checkpoints.py)
+What transformers.Trainer does not do and ResumableTrainer adds: checkpoints appear whole or not at all (runs/checkpoints.py)
 and hold all that the log has to remember; SIGTERM and SIGINT let the step finish, save and end the run; a step whose loss
 or gradients are not finite changes nothing, and too many of them in a row end the run with a diagnosis.
 """
@@ -38,8 +38,8 @@ LOWER_THE_RATE = (
 
 
 @dataclass
-class SteadyArguments:
-    """Arguments of a SteadyTrainer, to be put in front of the Trainer's own."""
+class ResumableArguments:
+    """Arguments of a ResumableTrainer, to be put in front of the Trainer's own."""
 
     max_nonfinite_steps: int = field(
         default=5,
@@ -83,9 +83,9 @@ class StopSignals:
 
 
 class _StepEnds(TrainerCallback):
-    """Calls a SteadyTrainer where the Trainer has a callback and no method."""
+    """Calls a ResumableTrainer where the Trainer has a callback and no method."""
 
-    def __init__(self, trainer: "SteadyTrainer") -> None:
+    def __init__(self, trainer: "ResumableTrainer") -> None:
         self.trainer = trainer
 
     def on_train_begin(
@@ -97,7 +97,7 @@ class _StepEnds(TrainerCallback):
         self.trainer.end_step(control)
 
 
-class SteadyTrainer(Trainer):
+class ResumableTrainer(Trainer):
     """A Trainer that can be killed, stopped and resumed at any moment.  To be put in front of another Trainer's class."""
 
     step_name = "step"  # what one step is called in the files that the run leaves behind
@@ -111,9 +111,9 @@ class SteadyTrainer(Trainer):
         self.writes_aside = False
         # the micro-batches of this step, and whether the loss of each is finite
         self.step_batches: list[tuple[dict[str, Any], bool]] = []
-        self.lost: tuple[str, str] | None = None  # what made this step impossible, and what to do about it
-        self.lost_in_a_row = 0
-        self.lost_since_log = 0
+        self.skipped: tuple[str, str] | None = None  # what made this step impossible, and what to do about it
+        self.skipped_in_a_row = 0
+        self.skipped_since_log = 0
         self.steps_since_log = 0
 
     # ---- Resume ----
@@ -150,8 +150,8 @@ class SteadyTrainer(Trainer):
             "loss_since_log": self._tr_loss.item(),
             "loss_before": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "lost_in_a_row": self.lost_in_a_row,
-            "lost_since_log": self.lost_since_log,
+            "lost_in_a_row": self.skipped_in_a_row,
+            "lost_since_log": self.skipped_since_log,
             "steps_since_log": self.steps_since_log,
         }
 
@@ -166,8 +166,8 @@ class SteadyTrainer(Trainer):
         self._tr_loss.fill_(state["loss_since_log"])
         self._total_loss_scalar = state["loss_before"]
         self._globalstep_last_logged = state["last_logged"]
-        self.lost_in_a_row = state["lost_in_a_row"]
-        self.lost_since_log = state["lost_since_log"]
+        self.skipped_in_a_row = state["lost_in_a_row"]
+        self.skipped_since_log = state["lost_since_log"]
         self.steps_since_log = state["steps_since_log"]
 
     def _loop_file(self, folder: str) -> str:
@@ -175,10 +175,10 @@ class SteadyTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "learning_rate" in logs and "nonfinite_steps" not in logs:  # a row of training, not of an evaluation
-            logs["nonfinite_steps"] = self.lost_since_log
-            if self.lost_since_log == self.steps_since_log:
+            logs["nonfinite_steps"] = self.skipped_since_log
+            if self.skipped_since_log == self.steps_since_log:
                 del logs["loss"]  # the Trainer's is 0 where there was none
-            self.lost_since_log = self.steps_since_log = 0
+            self.skipped_since_log = self.steps_since_log = 0
         if "train_loss" in logs:  # the Trainer's is of the steps since the last resume
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
@@ -278,7 +278,7 @@ class SteadyTrainer(Trainer):
         if what is None:
             return norm
         rows = [row for inputs, finite in batches if loss_is_finite or not finite for row in self.as_text(inputs)]
-        self.lose(what, gather_object(rows) if self.args.world_size > 1 else rows, LOWER_THE_RATE)
+        self.skip_step(what, gather_object(rows) if self.args.world_size > 1 else rows, LOWER_THE_RATE)
         return None  # there is none for the log
 
     def drop_nonfinite(self, model: nn.Module, loss_is_finite: bool, grad_norm: Any) -> str | None:
@@ -300,10 +300,10 @@ class SteadyTrainer(Trainer):
             model.zero_grad()
         return what
 
-    def lose(self, what: str, rows: list[tuple[str, str]], advice: str, whole_step: bool = True) -> None:
+    def skip_step(self, what: str, rows: list[tuple[str, str]], advice: str, whole_step: bool = True) -> None:
         """Say that `what` was not finite; with `whole_step` there was no update at all in this step."""
         if whole_step:
-            self.lost = (what, advice)
+            self.skipped = (what, advice)
         self.note_nonfinite(what, rows, self.state.global_step + 1)
 
     def note_nonfinite(self, what: str, rows: list[tuple[str, str]], step: int) -> None:
@@ -329,16 +329,16 @@ class SteadyTrainer(Trainer):
     def end_step(self, control: TrainerControl) -> None:
         """Count a step that was lost, and stop the run on too many in a row or on a signal."""
         self.steps_since_log += 1
-        self.lost_since_log += self.lost is not None
-        self.lost_in_a_row = self.lost_in_a_row + 1 if self.lost else 0
-        if self.lost and self.lost_in_a_row >= self.args.max_nonfinite_steps:
-            what, advice = self.lost
+        self.skipped_since_log += self.skipped is not None
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.skipped else 0
+        if self.skipped and self.skipped_in_a_row >= self.args.max_nonfinite_steps:
+            what, advice = self.skipped
             raise RunError(
-                f"stopped at {self.step_name} {self.state.global_step}: no update was possible in {self.lost_in_a_row} "
+                f"stopped at {self.step_name} {self.state.global_step}: no update was possible in {self.skipped_in_a_row} "
                 f"{self.step_name}s in a row, because of NaN or infinity in {what}; "
                 f"{os.path.join(self.args.output_dir, NONFINITE_FILE)} has prompts and replies; {advice}"
             )
-        self.lost = None
+        self.skipped = None
         self.stopped_by = self.of_all_processes(self.stop_signals.number)
         if self.stopped_by:
             control.should_save = control.should_training_stop = True

@@ -21,12 +21,15 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
+from reporting.progress import IterationLines
+from rewards.broken_replies import find_broken
 from rewards.gold_function import Gold
 from rewards.reward_model import new_reward_model
-from rl_training import PPOArguments, PPOTrainer, ScoreStatistics, number_rows
+from rewards.scores import ScoreStatistics
+from rl_training import PPOArguments, PPOTrainer, Prompts, build_trainer, number_rows
+from rollout.batch import Batch
 from rollout.distribution import Sampling, first_token_ban
-from rollout.model import assemble_ppo_model, start_critic
-from runs.run_files import RunFiles
+from rollout.experience import Experience
 from tests.conftest import make_model, make_tokenizer
 from utils.adapters import read_adapter
 from utils.arguments import LoraArguments
@@ -123,7 +126,7 @@ def make_ppo_trainer(
     gold: Gold | None = None,
     **arguments: Any,
 ) -> PPOTrainer:
-    """A PPOTrainer put together as rl_training.main() does it; `base` replaces the model of stages.base.
+    """A PPOTrainer as rl_training.main() builds it; `base` replaces the model of stages.base.
 
     guarded: the guard looks at the training prompts.
     """
@@ -131,29 +134,38 @@ def make_ppo_trainer(
     quiet = {"use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-3, "save_strategy": "no", "report_to": "none"}
     args = PPOArguments(output_dir=str(folder), **{**small, **quiet, **arguments})
     args.dataloader_pin_memory = False
-    model = assemble_ppo_model(
-        base or load_plain(stages.base),
-        read_adapter(stages.sft, "--sft_model_lora_path"),
-        read_adapter(stages.reward, "--reward_model_lora_path"),
-        args.critic == "adapter",
-    )
-    statistics = statistics or ScoreStatistics()
-    if args.critic == "adapter":
-        start_critic(model, *statistics)
     tokenizer = make_tokenizer()
     rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
     prompts = number_rows(tokenize_prompts(rows, "{prompt}=", tokenizer, 64))
-    return PPOTrainer(
-        model=model,
-        args=args,
-        train_dataset=prompts,
-        processing_class=tokenizer,
-        callbacks=[RunFiles({}, key="iteration")],
-        sampling=make_sampling(args),
-        statistics=statistics,
-        guard_dataset=prompts if guarded else None,
-        gold=gold,
+    trainer = build_trainer(
+        args,
+        base or load_plain(stages.base),
+        tokenizer,
+        read_adapter(stages.sft, "--sft_model_lora_path"),
+        read_adapter(stages.reward, "--reward_model_lora_path"),
+        Prompts(prompts, guard=prompts if guarded else None),
+        statistics or ScoreStatistics(),
+        gold,
     )
+    trainer.pop_callback(IterationLines)
+    return trainer
+
+
+def collect(trainer: PPOTrainer, count: int, seeds: Sequence[int] | None = None) -> Experience:
+    """Experience of the first `count` prompts."""
+    rows = [trainer.train_dataset[row] for row in range(count)]
+    return trainer.collector.collect(trainer.model, rows, seeds or range(count))
+
+
+def make_experience(
+    trainer: PPOTrainer, batch: Batch, scores: Tensor, gold: Tensor | None = None, **parts: Tensor
+) -> Experience:
+    """Experience of responses that nobody sampled, to the first prompts; what is not given is 0."""
+    count = len(scores)
+    zeros = dict.fromkeys(("logprobs", "ref_logprobs", "values", "entropy"), torch.zeros(batch.response_mask.shape))
+    responses = trainer.processing_class.batch_decode(batch.responses(), skip_special_tokens=True)
+    texts = [(PROMPTS[row], responses[row], find_broken(PROMPTS[row], responses[row])) for row in range(count)]
+    return trainer.collector.gather(batch, texts, {**zeros, **parts, "scores": scores}, gold)
 
 
 def queries_of(trainer: PPOTrainer, count: int) -> list[list[int]]:

@@ -12,16 +12,20 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 from trl import SFTConfig, SFTTrainer
 
-from rl_training import Experience, PPOTrainer, ScoreStatistics, read_statistics
+from rewards.scores import ScoreStatistics, read_statistics
+from rl_training import PPOTrainer, Targets
 from rollout import distribution
 from rollout.batch import make_batch
+from rollout.experience import Experience, describe
 from rollout.logprobs import reply_job
 from rollout.model import assemble_ppo_model
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.helpers import (
     Stages,
+    collect,
     independent_logprobs,
     load_plain,
+    make_experience,
     make_ppo_trainer,
     make_stages,
     move_policy,
@@ -53,7 +57,7 @@ def tensors(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def ragged_experience(trainer: PPOTrainer) -> Experience:
     wake_value_head(trainer)
-    experience = trainer.judge(trainer.model, queries_of(trainer, 8), list(range(8)), list(range(8)))
+    experience = collect(trainer, 8)
     assert len(set(experience.batch.response_mask.sum(1).tolist())) > 2  # ragged, or the tests below show nothing
     return experience
 
@@ -72,7 +76,7 @@ def test_the_policy_starts_as_the_sft_model(stages: Stages, tmp_path: Path, shap
     trainer = make_ppo_trainer(stages, tmp_path, steps=1, **shape)
     ratios = []
     loss = trainer.micro_batch_loss
-    trainer.micro_batch_loss = lambda *args: ratios.append((result := loss(*args))[2]) or result
+    trainer.micro_batch_loss = lambda *args: ratios.append((result := loss(*args)).farthest_ratio) or result
     trainer.train()
     metrics = read_jsonl(str(tmp_path / "metrics.jsonl"))[0]
     assert metrics["iteration"] == 1
@@ -112,8 +116,8 @@ def test_the_reference_is_base_and_sft_adapter(stages: Stages, tmp_path: Path) -
     base, sft = load_plain(stages.base), PeftModel.from_pretrained(load_plain(stages.base), stages.sft).eval()
     queries, mask = queries_of(trainer, 8), experience.batch.response_mask
     rows = list(zip(queries, experience.batch.responses(), strict=True))
-    of_sft = torch.cat([independent_logprobs(sft, *row, trainer.sampling) for row in rows])
-    of_base = torch.cat([independent_logprobs(base, *row, trainer.sampling) for row in rows])
+    of_sft = torch.cat([independent_logprobs(sft, *row, trainer.collector.sampling) for row in rows])
+    of_base = torch.cat([independent_logprobs(base, *row, trainer.collector.sampling) for row in rows])
     torch.testing.assert_close(experience.ref_logprobs[mask], of_sft, rtol=1e-4, atol=1e-4)
     assert (of_sft - of_base).abs().mean() > 0.5
     assert (experience.logprobs[mask] - of_sft).abs().mean() > 0.05
@@ -301,17 +305,17 @@ def test_a_saved_policy_and_value_head_give_the_same_outputs(stages: Stages, tmp
     assert all("lora_" in name for name in names)
     assert set(load_file(saved / "value_head.safetensors")) == {"weight", "bias"}
 
-    experience = trainer.judge(trainer.model, queries_of(trainer, 8), list(range(8)), list(range(8)))
+    experience = collect(trainer, 8)
     mask = experience.batch.response_mask
     rows = list(zip(queries_of(trainer, 8), experience.batch.responses(), strict=True))
     reloaded = PeftModel.from_pretrained(load_plain(stages.base), str(saved)).eval()  # by PEFT alone
-    logprobs = torch.cat([independent_logprobs(reloaded, *row, trainer.sampling) for row in rows])
+    logprobs = torch.cat([independent_logprobs(reloaded, *row, trainer.collector.sampling) for row in rows])
     torch.testing.assert_close(experience.logprobs[mask], logprobs, rtol=1e-4, atol=1e-4)
     assert (experience.logprobs - experience.ref_logprobs)[mask].abs().max() > 1e-2  # it has learnt something
 
     again = stage_3_model(Stages(stages.base, str(saved), stages.reward))  # the next round of PPO goes on from here
     load_value_head(again.get_base_model(), str(saved))
-    job = reply_job(experience.batch, trainer.sampling, with_values=True)
+    job = reply_job(experience.batch, trainer.collector.sampling, with_values=True)
     with torch.no_grad():
         inputs = {"input_ids": experience.batch.input_ids, "attention_mask": experience.batch.attention_mask}
         values = again(**inputs, job=job).values
@@ -344,19 +348,18 @@ def test_measures_are_worked_by_hand_on_ragged_rows(stages: Stages, tmp_path: Pa
     trainer = make_ppo_trainer(stages, tmp_path)
     nan = float("nan")
     batch = make_batch([[5, 6, 7], [8]], [[40, EOS], [41, 42, 43, 44]], PAD)
-    experience = Experience(
+    experience = make_experience(
+        trainer,
         batch,
-        torch.tensor([0, 1]),
-        logprobs=torch.tensor([[-1.0, -2.0, 0.0, 0.0], [-1.0, -1.0, -1.0, -1.0]]),
-        ref_logprobs=torch.tensor([[-1.5, -2.0, 0.0, 0.0], [-1.0, -1.0, -1.0, -2.0]]),
-        values=torch.zeros(2, 4),
-        entropy=torch.tensor([[1.0, 2.0, nan, nan], [3.0, 4.0, 5.0, 6.0]]),
         scores=torch.tensor([2.0, 4.0]),
+        logprobs=torch.tensor([[-1.0, -2.0, 0.0, 0.0], [-1.0, -1.0, -1.0, -1.0]]),
+        ref_logprobs=torch.tensor([[-1.5, -2.0, nan, nan], [-1.0, -1.0, -1.0, -2.0]]),
+        entropy=torch.tensor([[1.0, 2.0, nan, nan], [3.0, 4.0, 5.0, 6.0]]),
     )
-    # log-ratios: 0.5 and 0 in the first reply, 1 in the second: KL sums 0.5 and 1
-    reply_kl = torch.tensor([0.5, 1.0])
-    # normalised, the second reply lost the missing-EOS penalty of 1 and is 3
-    measures = trainer.describe(experience, reply_kl, trainer.normalized_scores(experience))
+    # log-ratios: 0.5 and 0 in the first response, 1 in the second: KL sums 0.5 and 1
+    assert experience.response_kl.tolist() == [0.5, 1.0]
+    # normalised, the second response lost the missing-EOS penalty of 1 and is 3
+    measures = describe(experience)
     expected = {
         "score_mean": 3.0,
         "score_std": 1.0,
@@ -384,19 +387,19 @@ def test_metrics_of_an_iteration_are_means_over_real_tokens(stages: Stages, tmp_
     trainer = make_ppo_trainer(stages, tmp_path, **arguments)
     wake_value_head(trainer)
     seen = []
-    judge = trainer.judge
-    trainer.judge = lambda *args: seen.append(judge(*args)) or seen[-1]
+    collect_batch = trainer.collector.collect
+    trainer.collector.collect = lambda *args: seen.append(collect_batch(*args)) or seen[-1]
     trainer.train()
     metrics, [experience] = trainer.state.log_history[0], seen
     mask = experience.batch.response_mask
-    rewards = ppo.token_rewards(trainer.normalized_scores(experience), torch.zeros(mask.shape), mask, 0.0)  # KL is 0
+    rewards = ppo.token_rewards(experience.normalized_scores, torch.zeros(mask.shape), mask, 0.0)  # KL is 0
     advantages, returns = ppo.gae(rewards, experience.values, mask, 1.0, 0.95)
     value_loss = 0.5 * (experience.values - returns)[mask].square().mean()
     assert metrics["value_loss"] == pytest.approx(float(value_loss), rel=1e-4)
     assert metrics["policy_loss"] == pytest.approx(0, abs=1e-5)  # minus the mean of whitened advantages
     assert metrics["returns_mean"] == pytest.approx(float(returns[mask].mean()), rel=1e-4)
     assert metrics["values_mean"] == pytest.approx(float(experience.values[mask].mean()), rel=1e-4)
-    assert metrics["reward_mean"] == pytest.approx(float(trainer.normalized_scores(experience).mean()), rel=1e-4)
+    assert metrics["reward_mean"] == pytest.approx(float(experience.normalized_scores.mean()), rel=1e-4)
     assert metrics["loss"] == pytest.approx(metrics["policy_loss"] + 0.1 * metrics["value_loss"], rel=1e-5)
     assert metrics["approx_kl"] == pytest.approx(0, abs=1e-9)
     assert advantages[mask].std() > 0.1
@@ -418,7 +421,7 @@ def gradients(trainer: PPOTrainer, experience: Experience) -> tuple[dict[str, Te
         found.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
 
     trainer.optimizer.step = keep
-    return found, trainer.update(trainer.model, experience, advantages, advantages + experience.values, 0)
+    return found, trainer.update(trainer.model, experience, Targets(advantages, advantages + experience.values))
 
 
 def test_micro_batches_do_not_change_the_gradient(stages: Stages, tmp_path: Path) -> None:
@@ -460,8 +463,8 @@ def test_the_gradient_is_that_of_a_plain_implementation(
     experience = ragged_experience(trainer)
     move_policy(trainer)
     found, metrics = gradients(trainer, experience)
-    batch, sampling, model = experience.batch, trainer.sampling, trainer.model
-    assert len(trainer.passes(batch, torch.arange(8))) > 3
+    batch, sampling, model = experience.batch, trainer.collector.sampling, trainer.model
+    assert len(trainer.collector.micro_batches(batch, torch.arange(8))) > 3
     advantages = torch.randn(experience.values.shape, generator=torch.Generator().manual_seed(5))
     returns = advantages + experience.values
     losses = []
@@ -549,12 +552,10 @@ def test_scores_are_normalised_penalised_and_clipped(stages: Stages, tmp_path: P
     trainer = make_ppo_trainer(stages, tmp_path, statistics=ScoreStatistics(1.0, 2.0), **settings)
     # the third reply is cut though its prompt ends with EOS; the first and the fourth have their own EOS
     batch = make_batch([[5], [6], [7, EOS], [8]], [[40, EOS], [41, 42], [43], [EOS]], PAD)
-    zeros = torch.zeros(4, 2)
-    scores = torch.tensor([3.0, 3.0, -9.0, 20.0])
-    experience = Experience(batch, torch.arange(4), zeros, zeros, zeros, zeros, scores)
-    assert trainer.ended(batch).tolist() == [True, False, False, True]
+    experience = make_experience(trainer, batch, torch.tensor([3.0, 3.0, -9.0, 20.0]))
+    assert experience.ended.tolist() == [True, False, False, True]
     # (3-1)/2 - 0.5 = 0.5; the same - 1.5 = -1; (-9-1)/2 - 0.5 - 1.5 = -7 -> -3; (20-1)/2 - 0.5 = 9 -> 3
-    assert trainer.normalized_scores(experience).tolist() == [0.5, -1.0, -3.0, 3.0]
+    assert experience.normalized_scores.tolist() == [0.5, -1.0, -3.0, 3.0]
 
 
 def test_statistics_come_from_the_reward_card(stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import rl_training
-from rl_training import ScoreStatistics
+from rewards.scores import ScoreStatistics
+from rl_training import Targets
 from rollout.batch import make_batch
 from tests.conftest import write_rows
 from tests.helpers import (
     PROMPTS,
     Stages,
+    collect,
     load_plain,
     make_ppo_trainer,
     queries_of,
@@ -33,7 +35,7 @@ def test_values_start_as_the_normalised_score_of_the_reply_so_far(stages: Stages
     queries, replies = queries_of(trainer, 3), [[40, 41, 2], [50], [60, 61]]
     batch = make_batch(queries, replies, 0)
     with torch.no_grad():
-        values = trainer.critic_values(trainer.model, batch)
+        values = trainer.collector.critic_values(trainer.model, batch)
 
     model = load_plain(stages.base)
     enable_jobs(model)
@@ -72,12 +74,11 @@ def test_the_policy_learns_nothing_from_the_value_loss(stages: Stages, tmp_path:
         head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
         trainer.create_optimizer()
         model = trainer.model
-        experience = trainer.judge(model, queries_of(trainer, 4), [1, 2, 3, 4], [0, 1, 2, 3])
+        experience = collect(trainer, 4, [1, 2, 3, 4])
         zeros = torch.zeros_like(experience.logprobs)
-        loss, _, _ = trainer.micro_batch_loss(
-            model, experience, zeros, experience.values + 1, torch.arange(4), experience.batch.response_mask.sum()
-        )  # advantages of 0: nothing but the value loss is left
-        loss.backward()
+        targets = Targets(zeros, experience.values + 1)  # advantages of 0: nothing but the value loss is left
+        part = trainer.micro_batch_loss(model, experience, targets, torch.arange(4), experience.mask.sum())
+        part.loss.backward()
         gradients[critic] = max(
             float(p.grad.abs().max()) for n, p in model.named_parameters() if ".default." in n and p.grad is not None
         )

@@ -19,7 +19,15 @@ import rl_training
 import sft_training
 from runs.memory_plan import base_bytes, empty_base
 from tests.conftest import make_tokenizer, save_base, write_rows
-from tests.helpers import PROMPTS, make_ppo_trainer, make_stages, move_policy, queries_of, run_main, save_lively_base
+from tests.helpers import (
+    PROMPTS,
+    collect,
+    make_ppo_trainer,
+    make_stages,
+    move_policy,
+    run_main,
+    save_lively_base,
+)
 from utils.adapters import attach_adapter, read_adapter
 from utils.arguments import ModelArguments
 from utils.base_model import base_fingerprint, load_base, same_base
@@ -118,13 +126,13 @@ def test_policy_and_value_head_survive(lively, tmp_path):
     trainer = make_ppo_trainer(lively, tmp_path / "run", base=load_4bit(lively.base))
     move_policy(trainer)
     trainer.save_model(str(tmp_path / "saved"))
-    experience = trainer.judge(trainer.model, queries_of(trainer, 4), [1, 2, 3, 4], [0, 1, 2, 3])
+    experience = collect(trainer, 4, [1, 2, 3, 4])
     fresh = make_ppo_trainer(lively, tmp_path / "fresh", base=load_4bit(lively.base))
-    fresh.load_policy(str(tmp_path / "saved"))
-    again = fresh.judge(fresh.model, queries_of(fresh, 4), [1, 2, 3, 4], [0, 1, 2, 3])
+    fresh.policy_files.load(str(tmp_path / "saved"))
+    again = collect(fresh, 4, [1, 2, 3, 4])
     assert experience.values.abs().max() > 0
-    for ours, theirs in zip(experience[2:7], again[2:7], strict=True):
-        assert torch.equal(ours, theirs)
+    for name in ("logprobs", "ref_logprobs", "values", "entropy", "scores"):
+        assert torch.equal(getattr(experience, name), getattr(again, name)), name
     load_value_head(fresh.model.get_base_model(), str(tmp_path / "saved"))
 
 

@@ -12,11 +12,10 @@ import rl_training
 from reporting.html_report import report_page
 from reporting.plots import CURVES
 from rewards.gold_function import load_gold, try_gold
-from rl_training import Experience
 from rollout.batch import make_batch
 from tests import golds
 from tests.conftest import write_rows
-from tests.helpers import PROMPTS, Stages, make_ppo_trainer, run_main
+from tests.helpers import PROMPTS, Stages, make_experience, make_ppo_trainer, run_main
 from tests.pages import Page
 from utils.console import InputError, RunError
 from utils.files import read_jsonl
@@ -120,12 +119,16 @@ def test_a_function_that_fails_in_the_middle_ends_the_run(stages: Stages, tmp_pa
     assert "fails (LookupError: no verdict on this one)" in message
 
 
-def test_rows_keep_their_gold() -> None:
-    """Held-out replies with NaN are left out, and the others go on."""
-    zeros = torch.zeros(3, 1)
-    batch = make_batch([[5], [6], [7]], [[8], [9], [10]], 0)
-    experience = Experience(batch, torch.arange(3), zeros, zeros, zeros, zeros, zeros[:, 0], torch.tensor([1.0, 2, 3]))
-    assert experience.rows(torch.tensor([0, 2])).gold.tolist() == [1.0, 3.0]
+def test_rows_keep_their_gold(stages: Stages, tmp_path: Path) -> None:
+    """Held-out responses with NaN are left out, and the others go on with what is theirs."""
+    trainer = make_ppo_trainer(stages, tmp_path)
+    batch = make_batch([[5], [6], [7]], [[8], [9], [10, 11]], 0)
+    experience = make_experience(trainer, batch, torch.zeros(3), gold=torch.tensor([1.0, 2, 3]))
+    rows = experience.rows(torch.tensor([0, 1]))
+    assert rows.gold.tolist() == [1.0, 2.0]
+    assert rows.prompts == PROMPTS[:2]
+    assert rows.responses == experience.responses[:2]
+    assert rows.logprobs.shape == rows.mask.shape == (2, 1)  # the padding of the third row is gone
 
 
 def test_whatever_is_a_number_counts(stages: Stages, tmp_path: Path) -> None:

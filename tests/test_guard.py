@@ -10,13 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from rewards.guard import ALARM, WARNING, Guard, Limits, find_signs, floor_scores, measure_replies
+from rewards.broken_replies import find_broken
+from rewards.guard import ALARM, WARNING, Guard, Limits, find_signs, measure_responses
+from rewards.scores import ScoreStatistics, floor_scores
 
 ROOT = Path(__file__).parent.parent
 SFT = {
     **{"length": 20.0, "broken": 0.0, "empty": 0.0, "same": 0.02, "distinct": 0.6, "asked": 0.4},
     **{"kl": 0.0, "score": 0.0, "extreme": 2.0},
 }
+
+
+def measure(prompts: list[str], responses: list[str], lengths: list[int]) -> dict[str, float]:
+    return measure_responses(prompts, responses, list(map(find_broken, prompts, responses)), lengths)
+
+
 LIMITS = Limits(kl_budget=5.0)
 
 
@@ -31,21 +39,21 @@ def test_floor_by_hand() -> None:
     """Card: mean 1, standard deviation 2, so the floor is at most 1 - 3 * 2 = -5, and the lowest sound score is -6."""
     scores = torch.tensor([9.0, -6.0, 2.0, -7.0])
     broken = torch.tensor([True, False, False, True])
-    assert floor_scores(scores, broken, 1.0, 2.0).tolist() == [-6.0, -6.0, 2.0, -7.0]
-    assert floor_scores(scores, broken, -2.0, 2.0).tolist() == [-8.0, -6.0, 2.0, -8.0]
+    assert floor_scores(scores, broken, ScoreStatistics(1.0, 2.0)).tolist() == [-6.0, -6.0, 2.0, -7.0]
+    assert floor_scores(scores, broken, ScoreStatistics(-2.0, 2.0)).tolist() == [-8.0, -6.0, 2.0, -8.0]
 
 
 def test_floor_where_all_or_none_are_broken() -> None:
     scores = torch.tensor([9.0, 3.0])
-    assert floor_scores(scores, torch.tensor([True, True]), 0.0, 1.0).tolist() == [-3.0, -3.0]
-    assert floor_scores(scores, torch.tensor([False, False]), 0.0, 1.0).tolist() == [9.0, 3.0]
+    assert floor_scores(scores, torch.tensor([True, True]), ScoreStatistics(0.0, 1.0)).tolist() == [-3.0, -3.0]
+    assert floor_scores(scores, torch.tensor([False, False]), ScoreStatistics(0.0, 1.0)).tolist() == [9.0, 3.0]
 
 
 def test_one_lucky_empty_reply_gets_no_advantage() -> None:
     """The article: a single empty reply with a very high score was enough to send the model down the wrong way."""
     scores = torch.tensor([0.1, -0.2, 0.0, 12.0])
     broken = torch.tensor([False, False, False, True])
-    assert int(floor_scores(scores, broken, 0.0, 1.0).argmin()) == 3
+    assert int(floor_scores(scores, broken, ScoreStatistics(0.0, 1.0)).argmin()) == 3
     assert int(scores.argmax()) == 3
 
 
@@ -55,7 +63,7 @@ def test_one_lucky_empty_reply_gets_no_advantage() -> None:
 def test_measures_by_hand() -> None:
     prompts = ["a?", "b?", "b?", "c?"]
     replies = ["one two three", "one two three", "", "four five"]
-    measures = measure_replies(prompts, replies, [4, 4, 1, 3])
+    measures = measure(prompts, replies, [4, 4, 1, 3])
     assert measures["length"] == 3.0
     assert measures["broken"] == measures["empty"] == 0.25
     assert measures["same"] == 0.5  # two prompts got "one two three"
@@ -68,16 +76,16 @@ def test_how_much_of_the_question_is_taken_up_by_hand() -> None:
     prompts = ["is tea hot", "is tea cold", "is it", "is it"]
     replies = ["tea is hot", "TEA", "is", "it"]
     # 1, log 2 / (log 2 + log 4) = 1/3, 0, 1
-    assert measure_replies(prompts, replies, [1, 1, 1, 1])["asked"] == pytest.approx((1 + 1 / 3 + 0 + 1) / 4)
-    assert measure_replies(["a", "a"], ["a", "b"], [1, 1])["asked"] == 0.0  # nothing tells the prompts apart
+    assert measure(prompts, replies, [1, 1, 1, 1])["asked"] == pytest.approx((1 + 1 / 3 + 0 + 1) / 4)
+    assert measure(["a", "a"], ["a", "b"], [1, 1])["asked"] == 0.0  # nothing tells the prompts apart
 
 
 def test_a_policy_that_leaves_the_topic_is_seen() -> None:
     """A reward model that could not tell topics apart let the policy drop them, and no other measure showed it."""
     topics = ("tea", "soup", "rice", "bread")
     prompts = [f"what about {topic}?" for topic in topics]
-    before = measure_replies(prompts, [f"I like {topic} so much." for topic in topics], [6] * 4)
-    after = measure_replies(prompts, [f"I like {topic} so much." for topic in topics[::-1]], [6] * 4)
+    before = measure(prompts, [f"I like {topic} so much." for topic in topics], [6] * 4)
+    after = measure(prompts, [f"I like {topic} so much." for topic in topics[::-1]], [6] * 4)
     rest = {"kl": 0.0, "score": 0.0, "extreme": 1.0}
     signs = find_signs({**after, **rest}, {**before, **rest}, LIMITS)
     words = "replies leave the topic: they take up 0.00 of what was asked, the SFT model's 1.00"
@@ -85,11 +93,11 @@ def test_a_policy_that_leaves_the_topic_is_seen() -> None:
 
 
 def test_the_same_reply_to_the_same_prompt_is_no_sign() -> None:
-    assert measure_replies(["a?", "a?"], ["yes indeed", "yes indeed"], [3, 3])["same"] == 0.0
+    assert measure(["a?", "a?"], ["yes indeed", "yes indeed"], [3, 3])["same"] == 0.0
 
 
 def test_measures_of_nothing_but_empty_replies() -> None:
-    measures = measure_replies(["a?", "b?"], ["", ""], [1, 1])
+    measures = measure(["a?", "b?"], ["", ""], [1, 1])
     assert (measures["broken"], measures["distinct"], measures["same"]) == (1.0, 1.0, 1.0)
 
 
@@ -258,12 +266,12 @@ def test_measures_are_the_same_in_every_process() -> None:
     A resumed run, and the processes of one run, would then disagree.
     """
     code = (
-        "from rewards.guard import measure_replies\n"
+        "from rewards.guard import measure_responses\n"
         "from random import Random\n"
         "rng, words = Random(0), [f'word{i}' for i in range(60)]\n"
         "for _ in range(20):\n"
         "    prompts, replies = ([' '.join(rng.sample(words, 15)) for _ in range(40)] for _ in range(2))\n"
-        "    print(measure_replies(prompts, replies, [15] * 40))\n"
+        "    print(measure_responses(prompts, replies, [None] * 40, [15] * 40))\n"
     )
     command = [sys.executable, "-c", code]
     both = [

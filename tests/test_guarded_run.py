@@ -9,13 +9,15 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import rl_training
-from rewards.guard import Guard, Limits
-from rl_training import Experience, ScoreStatistics, split_guard_prompts
+from rewards.guard import Limits
+from rewards.scores import ScoreStatistics
+from rl_training import split_guard_prompts
 from rollout.batch import make_batch
 from tests.conftest import write_rows
 from tests.helpers import (
     PROMPTS,
     Stages,
+    make_experience,
     make_ppo_trainer,
     move_policy,
     run_main,
@@ -102,11 +104,10 @@ def test_a_broken_reply_is_scored_at_the_floor(stages: Stages, tmp_path: Path) -
     """The reward model gives the empty reply 20, the others 1 and 2: it gets mean - 3 std, before anything is clipped."""
     trainer = make_ppo_trainer(stages, tmp_path, statistics=ScoreStatistics(1.0, 2.0))
     batch = make_batch([[5], [6], [8]], [[40, EOS], [41, EOS], [EOS]], PAD)
-    zeros = torch.zeros(3, 2)
-    experience = Experience(batch, torch.arange(3), zeros, zeros, zeros, zeros, torch.tensor([1.0, 2.0, 20.0]))
-    assert trainer.normalized_scores(experience).tolist() == [0.0, 0.5, -3.0]
-    trainer.args.floor_broken_replies = False
-    assert trainer.normalized_scores(experience).tolist() == [0.0, 0.5, 5.0]  # 9.5, clipped
+    scores = torch.tensor([1.0, 2.0, 20.0])
+    assert make_experience(trainer, batch, scores).normalized_scores.tolist() == [0.0, 0.5, -3.0]
+    trainer.collector.score_rules = trainer.collector.score_rules._replace(floor_broken=False)
+    assert make_experience(trainer, batch, scores).normalized_scores.tolist() == [0.0, 0.5, 5.0]  # 9.5, clipped
 
 
 # ---- Rollback ----
@@ -114,7 +115,7 @@ def test_a_broken_reply_is_scored_at_the_floor(stages: Stages, tmp_path: Path) -
 
 def certain_collapse(trainer: rl_training.PPOTrainer) -> None:
     """A guard for which any move away from the SFT model is a collapse."""
-    trainer.guard = Guard(Limits(kl_budget=1e-6), patience=1)
+    trainer.watch.guard.limits, trainer.watch.guard.patience = Limits(kl_budget=1e-6), 1
 
 
 def test_a_collapse_stops_the_run_and_brings_the_best_policy_back(
@@ -132,7 +133,7 @@ def test_a_collapse_stops_the_run_and_brings_the_best_policy_back(
     assert "collapse: iteration 2, rollouts: " in printed
     assert "KL to the SFT model is" in printed
     assert "stopped, and rolled back to best/: the policy of iteration 0" in printed
-    outcome = trainer.outcome()
+    outcome = trainer.watch.outcome()
     assert outcome["best"]["iteration"] == 0
     assert outcome["guard"]["stopped"] is True
     assert (outcome["guard"]["collapse_at"], outcome["guard"]["rolled_back_to"]) == (2, 0)
@@ -145,8 +146,8 @@ def test_a_guard_that_warns_lets_the_run_go_on(stages: Stages, tmp_path: Path, c
     assert trainer.state.global_step == 4
     ours, reference = policy_of(trainer, POLICY), policy_of(trainer, REFERENCE)
     assert not all(torch.equal(ours[name], reference[name]) for name in ours)
-    assert trainer.outcome()["guard"] == {
-        "verdict": trainer.guard.verdict,
+    assert trainer.watch.outcome()["guard"] == {
+        "verdict": trainer.watch.guard.verdict,
         "collapse_at": 2,
         "stopped": False,
         "rolled_back_to": None,
@@ -211,12 +212,12 @@ def test_the_first_look_is_at_the_sft_model(stages: Stages, tmp_path: Path) -> N
     """Replies are compared with the SFT model's own: also where the policy has moved before the first look of a resumed
     run, whose baselines come from the checkpoint."""
     trainer = make_ppo_trainer(stages, tmp_path, guarded=True)
-    trainer.watch(0, {})
-    baseline = dict(trainer.guard.baselines["held-out"])
+    trainer.watch.look(0)
+    baseline = dict(trainer.watch.guard.baselines["held-out"])
     assert baseline["kl"] == pytest.approx(0, abs=1e-4)
     move_policy(trainer)
-    trainer.watch(4, {})
-    assert trainer.guard.baselines["held-out"] == baseline
+    trainer.watch.look(5)
+    assert trainer.watch.guard.baselines["held-out"] == baseline
 
 
 def test_guard_prompts_are_held_out_of_training() -> None:

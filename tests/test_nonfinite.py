@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import reward_modeling
 import rl_training
 import sft_training
-from rl_training import PPOTrainer
+from rl_training import Losses, MicroBatchLoss, PPOTrainer
 from rollout.sampler import draw_replies, sample_replies
 from tests.conftest import make_tokenizer, write_rows
 from tests.forks import run_jobs, run_two
@@ -252,14 +252,14 @@ def test_an_optimizer_step_that_is_not_finite_is_left_out(
         moments = [value for of in trainer.optimizer.state.values() for value in of.values()]
         return [value.detach().clone() for value in (*trainer.model.parameters(), *moments)]
 
-    def breaking(*args: Any) -> tuple[Tensor, Tensor, float]:
-        share, parts, ratio = micro_batch_loss(*args)
+    def breaking(*args: Any) -> MicroBatchLoss:
+        part = micro_batch_loss(*args)
         done = sum(iteration == trainer.state.global_step for iteration, _, _ in states)
         if trainer.state.global_step == 2 or (trainer.state.global_step == 1 and done == 0):
             if quantity == "the loss":
-                return share * torch.nan, parts * torch.nan, ratio
-            share.register_hook(lambda gradient: gradient * torch.inf)
-        return share, parts, ratio
+                return part._replace(loss=part.loss * torch.nan, losses=Losses(*(x * torch.nan for x in part.losses)))
+            part.loss.register_hook(lambda gradient: gradient * torch.inf)
+        return part
 
     def watching(*args: Any) -> str | None:
         what = drop_nonfinite(*args)

@@ -14,14 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from rl_training import Targets
 from rollout import distribution, sampler
 from rollout.batch import Batch, ReplyStatistics, make_batch
 from rollout.distribution import Sampling
+from rollout.experience import describe
 from rollout.logprobs import reply_job
 from rollout.sampler import draw_replies, sample_replies
 from tests.conftest import FAMILIES, make_model
 from tests.helpers import (
     Stages,
+    collect,
     independent_logits,
     independent_logprobs,
     lively,
@@ -137,7 +140,7 @@ def test_sampled_kl_is_the_exact_kl_which_is_never_negative(stages: Stages, tmp_
     """
     trainer = make_ppo_trainer(stages, tmp_path, output_max_length=2, mini_batch_size=800, batch_size=800, **shape)
     move_policy(trainer)
-    model, sampling, count = trainer.model, trainer.sampling, 800
+    model, sampling, count = trainer.model, trainer.collector.sampling, 800
     assert sampling.begin_suppress_tokens == (PAD, EOS)  # the default
 
     def wish_to_end(query: list[int]) -> Tensor:
@@ -151,9 +154,10 @@ def test_sampled_kl_is_the_exact_kl_which_is_never_negative(stages: Stages, tmp_
             reference = wish_to_end(query)
         return float(wish_to_end(query) - reference)
 
-    query = max(queries_of(trainer, len(trainer.train_dataset)), key=lambda query: abs(hidden_shift(query)))
+    row = max(trainer.train_dataset, key=lambda row: abs(hidden_shift(row["input_ids"])))
+    query = row["input_ids"]
     assert abs(hidden_shift(query)) > 0.2
-    experience = trainer.judge(model, [query] * count, list(range(count)), [0] * count)
+    experience = trainer.collector.collect(model, [row] * count, range(count))
     mask = experience.batch.response_mask
     k1 = ((experience.logprobs - experience.ref_logprobs) * mask).sum(1)  # [count]
 
@@ -224,11 +228,11 @@ def test_the_empty_reply_is_impossible_by_default(stages: Stages, tmp_path: Path
     head.bias.data[EOS] = 50.0  # e^50 to 1: nothing but EOS, wherever it may be
     base.lm_head = head.requires_grad_(False)
     trainer = make_ppo_trainer(stages, tmp_path, base=base, **arguments)
-    experience = trainer.judge(trainer.model, queries_of(trainer, 8), list(range(8)), list(range(8)))
+    experience = collect(trainer, 8)
     responses = experience.batch.responses()
     if empty:
         assert responses == [[EOS]] * 8
-        measures = trainer.describe(experience, torch.zeros(8), experience.scores)
+        measures = describe(experience)
         assert measures["empty_fraction"] == 1.0
     else:
         # one token that ends nothing, then EOS
@@ -277,12 +281,12 @@ def test_no_tensor_of_batch_by_length_by_vocabulary(
     trainer = make_ppo_trainer(stages, tmp_path, batch_size=count, mini_batch_size=count, ppo_epochs=1)
     trainer.create_optimizer_and_scheduler(1)
     queries = queries_of(trainer, count)
-    replies = draw_replies(trainer.model, queries, list(range(count)), trainer.sampling, with_values=True)
-    monkeypatch.setattr("rl_training.draw_replies", lambda *_, **__: replies)
+    replies = draw_replies(trainer.model, queries, list(range(count)), trainer.collector.sampling, with_values=True)
+    monkeypatch.setattr(trainer.collector, "generate", lambda *_: replies)
     with _Shapes() as seen:
-        experience = trainer.judge(trainer.model, queries, list(range(count)), list(range(count)))
+        experience = collect(trainer, count)
         advantages = torch.randn(experience.values.shape)
-        trainer.update(trainer.model, experience, advantages, advantages, 0)
+        trainer.update(trainer.model, experience, Targets(advantages, advantages))
     assert any("backward" in operation for operation in seen.operations)  # the backward pass was watched too
     length, tokens = experience.batch.input_ids.shape[1], int(experience.batch.response_mask.sum())
     assert length not in (hidden, tile)  # which the shapes could not tell apart
@@ -292,7 +296,7 @@ def test_no_tensor_of_batch_by_length_by_vocabulary(
     assert max(torch.Size(shape).numel() for shape in seen.shapes) < count * length * vocabulary
 
     with _Shapes() as seen:  # the sampler looks at the last position of each row
-        sample_replies(trainer.model, queries, list(range(count)), trainer.sampling)
+        sample_replies(trainer.model, queries, list(range(count)), trainer.collector.sampling)
     assert seen.as_wide_as(vocabulary, hidden) == count
 
 
@@ -424,9 +428,8 @@ def test_adding_padding_columns_changes_nothing(stages: Stages, tmp_path: Path) 
     trainer = make_ppo_trainer(stages, tmp_path)
     wake_value_head(trainer)
     move_policy(trainer)
-    experience = trainer.judge(trainer.model, queries_of(trainer, 8), list(range(8)), list(range(8)))
-    kl = ((experience.logprobs - experience.ref_logprobs) * experience.batch.response_mask).sum(1)
-    measures = trainer.describe(experience, kl, experience.scores)
+    experience = collect(trainer, 8)
+    measures = describe(experience)
 
     def wider(part: Tensor, value: float) -> Tensor:
         return nn.functional.pad(part, (0, 5), value=value)
@@ -441,14 +444,15 @@ def test_adding_padding_columns_changes_nothing(stages: Stages, tmp_path: Path) 
         ),
         logprobs=wider(experience.logprobs, 3.0),
         ref_logprobs=wider(experience.ref_logprobs, -3.0),
+        kl=wider(experience.kl, 0.0),
         values=wider(experience.values, 9.0),
         entropy=wider(experience.entropy, 100.0),
     )
-    assert trainer.describe(padded, kl, experience.scores) == pytest.approx(measures, rel=1e-6)
+    assert describe(padded) == pytest.approx(measures, rel=1e-6)
 
     for with_values in (False, True):
         inputs = {"input_ids": padded.batch.input_ids, "attention_mask": padded.batch.attention_mask}
-        job = reply_job(padded.batch, trainer.sampling, with_values=with_values)
+        job = reply_job(padded.batch, trainer.collector.sampling, with_values=with_values)
         with torch.no_grad():
             ours = trainer.model(**inputs, job=job)
         torch.testing.assert_close(ours.logprobs[:, :-5], experience.logprobs, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,339 @@
+"""What an iteration collects: responses with their texts, log-probs, values, scores, and what they are measured by.
+
+Shapes: B responses, T response tokens; masks bool [B, T], True on real tokens.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from rewards.broken_replies import find_broken
+from rewards.gold_function import Gold
+from rewards.guard import measure_responses
+from rewards.reward_model import reward_scores
+from rewards.scores import ScoreRules, normalize_scores
+from rollout.batch import Batch, make_batch
+from rollout.distribution import Sampling
+from rollout.logprobs import reply_job, value_job
+from rollout.sampler import Replies, draw_replies, seed_of
+from utils import ppo
+from utils.adapters import CRITIC, REFERENCE, use_adapter
+from utils.batching import pass_limits, split_by_length
+from utils.console import RunError
+
+# What may be NaN or infinite in a batch of responses, and what to do about it.
+OF_POLICY = (
+    "lower --learning_rate or raise --init_kl_coef and go on from an earlier checkpoint, or compute in float32 (--bf16 "
+    "false --dtype float32)"
+)
+OF_ADAPTER = "check that adapter, or compute in float32 (--bf16 false --dtype float32)"
+# Measures of an evaluation.
+EVALUATED = ("score_mean", "normalized_score_mean", "kl", "kl_k3", "response_length", "empty_fraction")
+
+
+class Experience(NamedTuple):
+    """A batch of responses with all that PPO, guard and log need; on every process the whole of it, all processes' rows."""
+
+    batch: Batch
+    prompts: list[str]  # B texts
+    responses: list[str]  # B texts, without special tokens
+    faults: list[str | None]  # B results of `find_broken`
+    logprobs: Tensor  # float32 [B, T], of the policy that sampled
+    ref_logprobs: Tensor  # float32 [B, T]
+    kl: Tensor  # float32 [B, T], k1: the difference of the two, 0 on padding
+    values: Tensor  # float32 [B, T]
+    entropy: Tensor  # float32 [B, T]
+    scores: Tensor  # float32 [B], from the reward model, as it gave them
+    normalized_scores: Tensor  # float32 [B], what is learned from: see `normalize_scores`
+    ended: Tensor  # bool [B], whether the response ends in EOS
+    gold: Tensor | None  # float32 [B], of --gold_function, where there is one
+
+    @property
+    def mask(self) -> Tensor:
+        """Real response tokens, bool [B, T]."""
+        return self.batch.response_mask
+
+    @property
+    def response_kl(self) -> Tensor:
+        """KL to the reference in nats a response, [B]."""
+        return self.kl.sum(1)
+
+    def rows(self, index: Tensor) -> "Experience":
+        """The rows `index`, with the padding cut to the longest of them."""
+        batch = self.batch.rows(index)
+        width = batch.response_mask.shape[1]
+        chosen = index.tolist()
+
+        def cut(part: Any) -> Any:
+            if isinstance(part, list):
+                return [part[row] for row in chosen]
+            return part if part is None else part[index, :width] if part.dim() == 2 else part[index]
+
+        return Experience(batch, **{name: cut(part) for name, part in self._asdict().items() if name != "batch"})
+
+    def samples(self, iteration: int) -> list[dict[str, Any]]:
+        """Rows of samples.jsonl."""
+        columns = {
+            "prompt": self.prompts,
+            "response": self.responses,
+            "score": self.scores.tolist(),
+            "kl": self.response_kl.tolist(),
+            "length": self.mask.sum(1).tolist(),
+        }
+        if self.gold is not None:
+            columns["gold"] = self.gold.tolist()
+        rows = zip(*columns.values(), strict=True)
+        return [{"iteration": iteration, **dict(zip(columns, row, strict=True))} for row in rows]
+
+    def nonfinite(self) -> "Nonfinite | None":
+        """The first quantity with NaN or infinity in it, None where all is well; `rows` are those of any quantity."""
+        parts = [
+            ("the policy's log-probs", OF_POLICY, self.logprobs),
+            ("the values", OF_POLICY, self.values),
+            ("the SFT model's log-probs", OF_ADAPTER, self.ref_logprobs),
+            ("the reward model's scores", OF_ADAPTER, self.scores[:, None]),
+        ]
+        found = [Nonfinite(name, advice, ~part.isfinite().all(1)) for name, advice, part in parts]
+        found = [one for one in found if one.rows.any()]
+        return found[0]._replace(rows=torch.stack([one.rows for one in found]).any(0)) if found else None
+
+    def texts(self, index: Tensor) -> list[tuple[str, str]]:
+        """Prompt and response of some rows."""
+        return [(self.prompts[row], self.responses[row]) for row in index.tolist()]
+
+
+class Nonfinite(NamedTuple):
+    """A quantity with NaN or infinity in it, what to do about it, and the rows with any such quantity, bool [B]."""
+
+    quantity: str
+    advice: str
+    rows: Tensor
+
+
+class Collector:
+    """Samples responses and judges them, each thing once: texts, faults, log-probs, values, scores, gold."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: TrainingArguments,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        score_rules: ScoreRules,
+        gold: Gold | None,
+    ) -> None:
+        """args: PPOArguments; model: from `assemble_ppo_model`, not yet wrapped; gold: only measured."""
+        self.accelerator = accelerator
+        self.args = args
+        self.device = args.device
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.score_rules = score_rules
+        self.gold = gold
+        self.has_critic = args.critic == "adapter"
+        base = model.get_base_model()
+        # Where the update computes as the sampler does, its log-probs and values are those of the sampler, to rounding.
+        self.same_arithmetic = base.dtype == torch.float32 and not (args.bf16 or args.fp16)
+        # Sharded weights are collected for each pass, so every process has to make the same number of them.
+        sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+        self.pass_limits = None if sharded else pass_limits(base, args.device)
+
+    @torch.no_grad()
+    def collect(self, model: nn.Module, rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> Experience:
+        """One response to each of this process's `rows` (of `tokenize_prompts`), and what all processes have together."""
+        was_training = model.training
+        model.eval()
+        unwrapped = self.accelerator.unwrap_model(model)
+        queries = [row["input_ids"] for row in rows]
+        replies = self.generate(unwrapped, queries, seeds)
+        sampled_from_nothing = ~replies.statistics.logprobs.isfinite().all(1)
+        model.train(was_training)
+        batch = Batch(*(part.to(self.device) for part in make_batch(queries, replies.ids, self.sampling.pad_token_id)))
+        logprobs, values, entropy = replies.statistics
+        if self.has_critic:
+            values = torch.zeros_like(logprobs)
+        ref_logprobs = torch.zeros_like(logprobs)
+        scores = torch.zeros(len(queries), device=self.device)
+        for index in self.micro_batches(batch, torch.arange(len(queries), device=self.device)):
+            part = batch.rows(index)
+            width = part.response_mask.shape[1]
+            inputs = {"input_ids": part.input_ids, "attention_mask": part.attention_mask}
+            if not self.same_arithmetic:  # the update must start at a ratio of 1
+                policy = model(**inputs, job=reply_job(part, self.sampling, not self.has_critic))
+                logprobs[index, :width], entropy[index, :width] = policy.logprobs.float(), policy.entropy.float()
+                if not self.has_critic:
+                    values[index, :width] = policy.values.float()
+            if self.has_critic:
+                values[index, :width] = self.critic_values(model, part)
+            with use_adapter(unwrapped, REFERENCE):
+                reference = model(**inputs, job=reply_job(part, self.sampling, with_values=False))
+            ref_logprobs[index, :width] = reference.logprobs.float()
+            scores[index] = reward_scores(model, inputs)
+        logprobs[sampled_from_nothing] = torch.nan
+        prompts = [row["prompt"] for row in rows]
+        responses = self.tokenizer.batch_decode(replies.ids, skip_special_tokens=True)
+        gold = None
+        if self.gold is not None:
+            judged = [self.gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+            gold = torch.tensor(judged, device=self.device)
+        faults = [find_broken(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        tokens = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "entropy": entropy}
+        return self.gather(
+            batch, list(zip(prompts, responses, faults, strict=True)), {**tokens, "scores": scores}, gold
+        )
+
+    def generate(self, model: PeftModel, queries: Sequence[Sequence[int]], seeds: Sequence[int]) -> Replies:
+        """One response to each query, with what the policy said of it."""
+        return draw_replies(model, queries, seeds, self.sampling, with_values=not self.has_critic)
+
+    def gather(
+        self, batch: Batch, texts: list[tuple[str, str, str | None]], parts: dict[str, Tensor], gold: Tensor | None
+    ) -> Experience:
+        """The rows of all processes, in the order of the processes, padded alike, with what follows from all of them.
+
+        texts: prompt, response and fault of each row of this process; parts: tensors of `Experience` by name.
+        """
+
+        def together(part: Tensor, pad: int = 0) -> Tensor:
+            if self.args.world_size == 1:
+                return part
+            if part.dim() == 2:
+                part = self.accelerator.pad_across_processes(part, dim=1, pad_index=pad)
+            return self.accelerator.gather(part.contiguous())
+
+        batch = Batch(
+            input_ids=together(batch.input_ids, self.sampling.pad_token_id),
+            attention_mask=together(batch.attention_mask),
+            query_lengths=together(batch.query_lengths),
+            response_mask=together(batch.response_mask.int()).bool(),
+        )
+        texts = gather_object(texts) if self.args.world_size > 1 else texts
+        prompts, responses, faults = map(list, zip(*texts, strict=True))
+        parts = {name: together(part) for name, part in parts.items()}
+        ended = response_ends(batch, self.sampling.eos_token_id)
+        broken = torch.tensor([fault is not None for fault in faults], device=self.device)
+        kl = ppo.kl_penalty(parts["logprobs"], parts["ref_logprobs"], "k1")
+        return Experience(
+            batch,
+            prompts,
+            responses,
+            faults,
+            kl=kl.masked_fill(~batch.response_mask, 0.0),
+            normalized_scores=normalize_scores(parts["scores"], broken, ended, self.score_rules),
+            ended=ended,
+            gold=gold if gold is None else together(gold),
+            **parts,
+        )
+
+    def respond_to_all(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        iteration: int,
+        note: Callable[[str, list[tuple[str, str]], int], None],
+    ) -> Iterator[Experience]:
+        """Experience of all prompts of a data set, in evaluation batches, with seeds by prompt.
+
+        Drops the remainder that does not divide by the number of processes.  Rows with numbers that are not finite are
+        left out and given to `note`; raises RunError when there are no others.  iteration: after which one this is.
+        """
+        quantity, whole = None, 0
+        count, size = len(dataset), self.args.per_device_eval_batch_size
+        share = range(self.args.process_index, count - count % self.args.world_size, self.args.world_size)
+        for start in range(0, len(share), size):
+            rows = [dataset[row] for row in share[start : start + size]]
+            experience = self.collect(model, rows, [seed_of(self.args.seed, row["index"], 0, 2) for row in rows])
+            found = experience.nonfinite()
+            if found is not None:
+                quantity = found.quantity
+                note(quantity, experience.texts(found.rows.nonzero().squeeze(1)), iteration)
+                if found.rows.all():
+                    continue
+                experience = experience.rows((~found.rows).nonzero().squeeze(1))
+            whole += len(experience.scores)
+            yield experience
+        if quantity and not whole:
+            raise RunError(
+                f"stopped after iteration {iteration}: NaN or infinity in {quantity} for every held-out prompt; check base "
+                "and adapters, or compute in float32 (--bf16 false --dtype float32)"
+            )
+
+    def micro_batches(self, batch: Batch, rows: Tensor) -> list[Tensor]:
+        """`rows` of the batch in parts that go through the model together: at most --mini_batch_size, of similar length."""
+        if self.pass_limits is None:
+            return list(rows.split(self.args.mini_batch_size))
+        overhead, most_tokens = self.pass_limits
+        lengths = batch.attention_mask[rows].sum(1).tolist()
+        return [rows[part] for part in split_by_length(lengths, overhead, self.args.mini_batch_size, most_tokens)]
+
+    def critic_values(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Values [B, T] from the critic's own adapter."""
+        with use_adapter(self.accelerator.unwrap_model(model), CRITIC):
+            return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=value_job(batch))
+
+
+def response_ends(batch: Batch, eos_token_id: int) -> Tensor:
+    """Which responses end with EOS, bool [B].  Only the response is asked: a prompt may hold EOS too."""
+    last = batch.query_lengths + batch.response_mask.sum(1) - 1
+    return batch.input_ids.gather(1, last[:, None]).squeeze(1) == eos_token_id
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe(experience: Experience) -> dict[str, float]:
+    """Measures of a batch of responses, over responses or over real tokens, never over padding."""
+    mask = experience.mask
+    lengths = mask.sum(1).float()
+    k3 = ppo.kl_penalty(experience.logprobs, experience.ref_logprobs, "k3").masked_fill(~mask, 0.0)
+    return {
+        "score_mean": float(experience.scores.mean()),
+        "score_std": float(experience.scores.std(unbiased=False)),
+        "normalized_score_mean": float(experience.normalized_scores.mean()),
+        **({} if experience.gold is None else {"gold_mean": float(experience.gold.mean())}),
+        "kl": float(experience.response_kl.mean()),
+        "kl_k3": float(k3.sum(1).mean()),
+        "kl_max": float(experience.response_kl.abs().max()),
+        "response_length": float(lengths.mean()),
+        "response_length_std": float(lengths.std(unbiased=False)),
+        "empty_fraction": sum(fault in ("empty", "blank") for fault in experience.faults) / len(lengths),
+        "ended_fraction": float(experience.ended.float().mean()),
+        "entropy": float(ppo.masked_mean(experience.entropy, mask)),
+    }
+
+
+def evaluation_measures(parts: Iterable[Experience]) -> dict[str, float]:
+    """Means over all responses of several batches."""
+    sums: dict[str, float] = {}
+    count = 0
+    for part in parts:
+        rows = len(part.scores)
+        measures = {name: value for name, value in describe(part).items() if name in EVALUATED}
+        if part.gold is not None:
+            measures["gold"] = float(part.gold.mean())
+        sums = {name: sums.get(name, 0.0) + value * rows for name, value in measures.items()}
+        count += rows
+    return {name: value / count for name, value in sums.items()}
+
+
+def measure_for_guard(parts: Sequence[Experience], rules: ScoreRules) -> dict[str, float]:
+    """What the guard looks at, over several batches of responses."""
+    texts = [text for part in parts for text in zip(part.prompts, part.responses, part.faults, strict=True)]
+    lengths = [length for part in parts for length in part.mask.sum(1).tolist()]
+    scores = torch.cat([part.scores for part in parts])
+    return {
+        **measure_responses(*zip(*texts, strict=True), lengths),
+        "kl": float(torch.cat([part.response_kl for part in parts]).mean()),
+        "score": float(torch.cat([part.normalized_scores for part in parts]).mean()),
+        "extreme": float((scores - rules.statistics.mean).abs().max() / rules.statistics.std),
+    }
