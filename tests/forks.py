@@ -17,10 +17,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 import reward_modeling
 import rl_training
 import sft_training
+from tests.double import use_float64
 from utils.console import run_script
 
 SCRIPTS = {"sft": sft_training, "reward": reward_modeling, "ppo": rl_training}
@@ -74,26 +76,34 @@ def run_two(jobs: Path, work: Callable[[], None], **environment: str) -> None:
 
     On the CPU as far as accelerate knows.  Raises AssertionError with the end of their output when one of them fails.
     """
-    logs = [jobs.with_suffix(f".{rank}.log") for rank in (0, 1)]
-    shared = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(free_port()), **environment}
-    both = []
-    for rank, log in enumerate(logs):
-        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        both.append(from_server().Process(target=_run_rank, args=(own, str(jobs), work, str(log))))
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    _run_together(jobs, work, [{**shared, **environment, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")])
+
+
+def run_one(jobs: Path, work: Callable[[], None]) -> None:
+    """Do `work` in one process, which knows of no others; see `run_two`."""
+    _run_together(jobs, work, [{}])
+
+
+def _run_together(jobs: Path, work: Callable[[], None], environments: list[dict[str, str]]) -> None:
+    logs = [jobs.with_suffix(f".{rank}.log") for rank in range(len(environments))]
+    processes = [
+        from_server().Process(target=_run_rank, args=({"ACCELERATE_USE_CPU": "true", **own}, str(jobs), work, str(log)))
+        for own, log in zip(environments, logs, strict=True)
+    ]
     end = time.monotonic() + 300
-    for process in both:
+    for process in processes:
         process.start()
     # one that has failed leaves the other waiting for it
-    while any(process.is_alive() for process in both) and not any(process.exitcode for process in both):
+    while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
         if time.monotonic() > end:
             break
         time.sleep(0.01)
-    for process in both:
+    for process in processes:
         process.kill()
         process.join()
     shown = "\n".join(log.read_text(encoding="utf-8", errors="replace")[-6000:] for log in logs if log.exists())
-    assert [process.exitcode for process in both] == [0, 0], shown
+    assert [process.exitcode for process in processes] == [0] * len(processes), shown
 
 
 def _run_rank(environment: dict[str, str], jobs: str, work: Callable[[], None], log: str) -> None:
@@ -101,7 +111,7 @@ def _run_rank(environment: dict[str, str], jobs: str, work: Callable[[], None], 
     os.chdir(ROOT)
     _write_to(log)
     torch.set_num_threads(1)
-    sys.argv = ["two", jobs]
+    sys.argv = ["jobs", jobs]
     work()
 
 
@@ -114,9 +124,15 @@ def run_jobs() -> None:
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")
         folder = Path(arguments[arguments.index("--output_dir") + 1])
-        rank = torch.distributed.get_rank()
-        (folder / f"world_{rank}.txt").write_text(f"{torch.distributed.get_world_size()}", encoding="utf-8")
-    torch.distributed.destroy_process_group()
+        state = PartialState()
+        (folder / f"world_{state.process_index}.txt").write_text(f"{state.num_processes}", encoding="utf-8")
+    if state.num_processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+def run_jobs_in_float64() -> None:
+    use_float64()
+    run_jobs()
 
 
 def wait_until(happened: Callable[[], object], process: BaseProcess, seconds: float = 120) -> bool:

@@ -14,6 +14,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from tests.double import use_float64
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "accelerate"
 
 
@@ -52,6 +54,7 @@ def main() -> None:
     from accelerate.state import AcceleratorState
 
     torch.set_num_threads(1)
+    use_float64()
     pretend_gpus()
     for script, *arguments in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         sys.argv = [script, *arguments]

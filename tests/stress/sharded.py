@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 from tests.conftest import write_preferences, write_sft
+from tests.double import store_as_float64
 from tests.helpers import make_stages, save_lively_base
 from tests.test_two_processes import (
     ALONE,
@@ -77,8 +78,9 @@ def main() -> None:
         commands["resumed"] = [*commands["critic"], *RESUMED]
         for table in (ALONE, EACH_OF_TWO, SCRIPTS):
             table["resumed"] = table["critic"]
-        for name in args.only:
-            run_alone(name, commands[name], root / f"{name} alone")
+        for made in map(Path, stages):
+            store_as_float64(made)
+        run_alone({name: commands[name] for name in args.only}, root)
         for config in args.configs:
             for name in args.only:
                 started, outcome = time.perf_counter(), "the same as one process"
