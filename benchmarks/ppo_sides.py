@@ -147,45 +147,20 @@ class Phases:
 
 
 def ours(folder: Path, iterations: int) -> dict[str, Any]:
-    """Iterations of rl_training.main()."""
-    import rl_training
+    """Iterations of stage 3."""
+    from rewards.scores import ScoreStatistics
+    from rl_training import PPOArguments, build_trainer, read_prompts
     from rollout import sampler
+    from utils.adapters import read_adapter
+    from utils.arguments import DataArguments, ModelArguments, choose_precision, parse_arguments
+    from utils.base_model import load_base, load_tokenizer
     from utils.console import keep_freed_memory
 
     keep_freed_memory()  # as run_script() does
     shapes, rows = read_inputs(folder)
     lengths = reply_lengths(rows)
-    phases = Phases()
-    ends: list[int] = []
-    plain_streams, plain_sample = sampler.uniform_streams, rl_training.draw_replies
-    update, step = rl_training.PPOTrainer.update, rl_training.PPOTrainer.training_step
-
-    def streams(seeds: Sequence[int], length: int) -> torch.Tensor:
-        numbers = plain_streams(seeds, length) * 0.99 + 0.005  # never EOS by chance
-        if shapes.ends:
-            numbers[torch.arange(len(seeds)), torch.tensor(ends) - 1] = 0.0
-        return numbers
-
-    def sample(model: Any, queries: Sequence[Sequence[int]], *rest: Any, **options: Any) -> Any:
-        ends[:] = [lengths[tuple(query)] for query in queries]
-        with phases.during("generate", then="score"):
-            return plain_sample(model, queries, *rest, **options)
-
-    def timed_update(*args: Any) -> Any:
-        phases.enter("train")
-        return update(*args)
-
-    def timed_step(*args: Any) -> Any:
-        result = step(*args)
-        phases.enter("end")
-        return result
-
-    sampler.uniform_streams, rl_training.draw_replies = streams, sample
-    rl_training.PPOTrainer.update, rl_training.PPOTrainer.training_step = timed_update, timed_step
     arguments = {
         "model_name": folder / "base",
-        "sft_model_lora_path": folder / "sft",
-        "reward_model_lora_path": folder / "reward",
         "dataset": folder / "prompts.jsonl",
         "prompt_template": "{prompt}",
         "max_length": shapes.prompts[1] + shapes.replies[1],
@@ -195,13 +170,46 @@ def ours(folder: Path, iterations: int) -> dict[str, Any]:
         "ppo_epochs": shapes.ppo_epochs,
         "steps": iterations,
         "save_freq": 10**6,
-        "allow_weak_reward": "true",
         "guard": "off",
         "disable_tqdm": "true",
         "output_dir": folder / f"ours-{os.getpid()}",
     }
-    sys.argv = ["rl_training.py", *(word for name, value in arguments.items() for word in (f"--{name}", f"{value}"))]
-    rl_training.main()
+    words = [word for name, value in arguments.items() for word in (f"--{name}", f"{value}")]
+    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, PPOArguments), words)
+    dtype = choose_precision(model_args, args)
+    tokenizer = load_tokenizer(model_args)
+    adapters = [read_adapter(str(folder / name), f"--{name}") for name in ("sft", "reward")]
+    prompts = read_prompts(data_args, args, model_args.prompt_template, tokenizer)
+    trainer = build_trainer(args, load_base(model_args, dtype), tokenizer, *adapters, prompts, ScoreStatistics())
+
+    phases = Phases()
+    ends: list[int] = []
+    plain_streams, generate = sampler.uniform_streams, trainer.collector.generate
+    update, finish = trainer.update, trainer.finish
+
+    def streams(seeds: Sequence[int], length: int) -> torch.Tensor:
+        numbers = plain_streams(seeds, length) * 0.99 + 0.005  # never EOS by chance
+        if shapes.ends:
+            numbers[torch.arange(len(seeds)), torch.tensor(ends) - 1] = 0.0
+        return numbers
+
+    def timed_generate(model: Any, queries: Sequence[Sequence[int]], seeds: Sequence[int]) -> Any:
+        ends[:] = [lengths[tuple(query)] for query in queries]
+        with phases.during("generate", then="score"):
+            return generate(model, queries, seeds)
+
+    def timed_update(*args: Any) -> Any:
+        phases.enter("train")
+        return update(*args)
+
+    def timed_finish(*args: Any) -> Any:
+        result = finish(*args)
+        phases.enter("end")
+        return result
+
+    sampler.uniform_streams = streams  # replies of the lengths that were asked for
+    trainer.collector.generate, trainer.update, trainer.finish = timed_generate, timed_update, timed_finish
+    trainer.train()
     return {"iterations": phases.iterations}
 
 
