@@ -1,97 +1,28 @@
 """report.html: what one or several runs left behind, as one page that opens offline.
 
-Curves to hover over, every reply of stage 3 to search and sort, the reward card and run.json.  Nothing here knows the full
-list of metrics: whatever number is in metrics.jsonl gets a curve, and the known ones come first and in plain words.
+Curves, every reply of stage 3 to search and sort, the reward card and run.json.  Whatever number is in metrics.jsonl gets a
+curve; those of reporting.metrics come first and in plain words.
 """
 
 import hashlib
 import html
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from reporting.html import html_page, write_page
-from reporting.plots import CURVES
+from reporting.metrics import group_metrics, metric_of
+from reporting.plots import RUN_COLOURS, Curve, as_svg, dashes_of, draw
 from utils.console import InputError, say
 
 STAGES = {"sft": "Stage 1: SFT", "reward": "Stage 2: reward model", "ppo": "Stage 3: PPO"}  # in the order of the page
 COUNTERS = ("iteration", "step", "epoch")  # what curves are drawn over, never a curve
-GROUPS = {  # heading -> metrics under it, in this order; others follow by the word in front of their slash
-    "Score and distance": (
-        "score_mean",
-        "gold_mean",
-        "score_std",
-        "normalized_score_mean",
-        "reward_mean",
-        "kl",
-        "kl_k3",
-        "kl_max",
-        "kl_coef",
-    ),
-    "Replies and entropy": ("response_length", "response_length_std", "empty_fraction", "ended_fraction", "entropy"),
-    "Training": (
-        "loss",
-        "mean_token_accuracy",
-        "policy_loss",
-        "clip_fraction",
-        "approx_kl",
-        "ratio_first",
-        "grad_norm",
-        "learning_rate",
-        "optimizer_steps",
-        "stopped_early",
-    ),
-    "Value": ("value_loss", "value_clip_fraction", "values_mean", "returns_mean"),
-    "Held-out": (),  # all that starts with eval_
-    "Speed": (
-        "seconds",
-        "tokens_per_second",
-        "num_tokens",
-        "eval_runtime",
-        "eval_samples_per_second",
-        "eval_steps_per_second",
-    ),
-}
-PREFIXES = {"guard": "Guard", "heldout": "Guard: held-out prompts"}  # word in front of the slash -> heading
-TITLES = {
-    "gold": "gold (your own measure)",
-    "score_std": "standard deviation of the score",
-    "normalized_score_mean": "score in the reward card's units",
-    "reward_mean": "reward: score minus KL penalty",
-    "kl_k3": "KL to the SFT model, k3 estimate",
-    "kl_max": "largest KL of a reply",
-    "kl_coef": "weight of the KL penalty",
-    "response_length_std": "standard deviation of the reply length",
-    "empty_fraction": "share of empty replies",
-    "ended_fraction": "share of replies that ended by themselves",
-    "mean_token_accuracy": "share of tokens that the model has right",
-    "approx_kl": "KL to the policy that sampled (nats a token)",
-    "ratio_first": "first ratio (healthy: 1)",
-    "grad_norm": "norm of the gradient",
-    "learning_rate": "learning rate",
-    "optimizer_steps": "optimizer steps in an iteration",
-    "stopped_early": "PPO epochs stopped early",
-    "value_clip_fraction": "share of clipped values",
-    "values_mean": "mean value",
-    "returns_mean": "mean return",
+CARD_TITLES = {  # of the reward card; what is not here is a metric's title, or its own name
     "accuracy": "accuracy on pairs",
-    "accuracy_low": "accuracy, lower end of the 95% interval",
-    "accuracy_high": "accuracy, upper end of the 95% interval",
     "accuracy_ci95": "accuracy, 95% interval",
-    "margin": "margin: chosen minus rejected",
-    "length_correlation": "correlation of score and length",
-    "reload_difference": "largest difference after saving and loading",
-    "runtime": "seconds",
-    "samples_per_second": "rows a second",
-    "steps_per_second": "steps a second",
-    "train_runtime": "seconds of the run",
-    "train_samples_per_second": "rows a second over the run",
-    "train_steps_per_second": "steps a second over the run",
-    "train_loss": "mean loss of the run",
-    "total_flos": "operations, as the Trainer counts them",
-    "pairs": "pairs",
     "length_only_accuracy": "accuracy of counting tokens alone",
     "length_matched_accuracy": "accuracy where the replies are equally long",
     "shorter_chosen_accuracy": "accuracy where the shorter one is chosen",
@@ -101,8 +32,10 @@ TITLES = {
     "shorter_chosen_pairs": "pairs whose shorter one is chosen",
     "longer_chosen_pairs": "pairs whose longer one is chosen",
     "short_good_pairs": "pairs with a short chosen one",
+    "length_correlation": "correlation of score and length",
     "calibration_error": "calibration error",
     "temperature": "temperature that would calibrate it",
+    "reload_difference": "largest difference after saving and loading",
     "sft_score_mean": "mean score of SFT replies",
     "sft_score_std": "standard deviation of the scores of SFT replies",
     "sft_replies": "SFT replies",
@@ -111,24 +44,6 @@ TITLES = {
     "threshold": "share of prompts that a probe has to reach",
     "exempt": "probes that do not decide",
     "failed": "what failed",
-    "seconds": "seconds an iteration",
-    "tokens_per_second": "tokens a second",
-    "num_tokens": "tokens seen",
-}
-GUARD_TITLES = {  # of guard/... and heldout/...
-    "length": "reply length (tokens)",
-    "broken": "share of broken replies",
-    "empty": "share of empty replies",
-    "same": "share of replies that several prompts got",
-    "distinct": "different word pairs among all",
-    "asked": "share of what was asked that the reply takes up",
-    "kl": "KL to the SFT model (nats a reply)",
-    "score": "score in the reward card's units",
-    "gold": "gold (your own measure)",
-    "extreme": "farthest score (standard deviations)",
-    "signs": "warnings and alarms",
-    "alarms": "alarms",
-    "recent_alarms": "alarms that count",
 }
 PROBES = ("probes", "probe_counts", "probes_above_sft")  # of the reward card: a number for each kind of broken reply
 SAMPLE_NUMBERS = ("iteration", "score", "gold", "length", "kl")  # first, in this order
@@ -155,6 +70,7 @@ class Run:
         """What this run's metrics are counted in."""
         return "iteration" if any("iteration" in row for row in self.metrics) else "step"
 
+    @cached_property
     def series(self) -> dict[str, tuple[list[float], list[float]]]:
         """Each metric as (counts, values)."""
         found: dict[str, tuple[list[float], list[float]]] = {}
@@ -250,74 +166,70 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the page's script draws
+# Curves
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def title_of(metric: str, titles: Mapping[str, str]) -> str:
-    """A metric in plain words, its own name where nobody has put it into words."""
-    if metric.startswith("eval_"):
-        return "held-out: " + title_of(metric.removeprefix("eval_"), titles)
-    group, _, name = metric.partition("/")
-    if group in PREFIXES:
-        return ("held-out: " if group == "heldout" else "") + GUARD_TITLES.get(name, name)
-    return titles.get(metric, metric)
+def runs_by_stage(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
+    """Heading -> the runs of that stage by number, in the order of the page.
 
-
-def group_metrics(names: Iterable[str]) -> dict[str, list[str]]:
-    """Heading -> metrics, the known headings first; every name is in exactly one."""
-    groups: dict[str, list[str]] = {heading: [] for heading in GROUPS}
-    heading_of = {metric: heading for heading, metrics in GROUPS.items() for metric in metrics}
-    for name in sorted(names):
-        if name in heading_of:
-            heading = heading_of[name]
-        elif name.startswith("eval_"):
-            heading = "Held-out"
-        else:
-            group = name.split("/")[0]
-            heading = PREFIXES.get(group, group.capitalize()) if "/" in name else "Other"
-        groups.setdefault(heading, []).append(name)
-    for heading, known in GROUPS.items():
-        groups[heading].sort(key=lambda name: known.index(name) if name in known else len(known))
-    return {heading: metrics for heading, metrics in groups.items() if metrics}
-
-
-def curve_sections(runs: Sequence[Run], titles: Mapping[str, str]) -> list[dict[str, Any]]:
-    """For each stage its runs, with their series, and the charts under their headings.
-
-    Stages are never drawn into one chart: a loss of SFT and one of PPO have nothing in common.
+    Stages are never drawn into one picture: a loss of SFT and one of PPO have nothing in common.
     """
-    sections = []
-    order = {stage: place for place, stage in enumerate(STAGES)}
-    for stage in sorted({run.stage for run in runs}, key=lambda stage: (order.get(stage, len(order)), stage)):
-        members = [(number, run, run.series()) for number, run in enumerate(runs) if run.stage == stage]
-        # one number in a whole run is no curve: those are in the table of single figures
-        curves = {name for _, _, series in members for name, (counts, _) in series.items() if len(counts) > 1}
-        sections.append(
-            {
-                "title": STAGES.get(stage, stage),
-                "counter": members[0][1].counter,
-                "runs": [
-                    {
-                        "number": number,
-                        "name": run.name,
-                        "best": best_count(run),
-                        "collapse": collapse_count(run),
-                        "alarms": alarm_counts(series),
-                        "series": {name: series[name] for name in curves if name in series},
-                    }
-                    for number, run, series in members
-                ],
-                "groups": [
-                    {
-                        "title": heading,
-                        "charts": [{"metric": name, "title": title_of(name, titles)} for name in metrics],
-                    }
-                    for heading, metrics in group_metrics(curves).items()
-                ],
-            }
-        )
-    return sections
+    stages: dict[str, dict[int, Run]] = {title: {} for title in STAGES.values()}
+    for number, run in enumerate(runs):
+        stages.setdefault(STAGES.get(run.stage, run.stage), {})[number] = run
+    return {title: members for title, members in stages.items() if members}
+
+
+def curves_of(name: str, runs: Mapping[int, Run]) -> list[Curve]:
+    """One metric of all runs that have it; the numbers of the runs decide their colours."""
+    found = []
+    for number, run in runs.items():
+        if name in run.series:
+            counts, values = run.series[name]
+            found.append(Curve(number, counts, values, best_count(run), collapse_count(run), alarm_counts(run)))
+    return found
+
+
+def curve_section(title: str, runs: Mapping[int, Run]) -> str:
+    """HTML of a stage: which run has which colour, and a picture a metric under their headings."""
+    counter = next(iter(runs.values())).counter
+    parts = [f'<section class="stage"><h2 dir="auto">{html.escape(title)}</h2><div class="bar legend">']
+    parts += [_key(number, run, len(runs) > 1) for number, run in runs.items()]
+    parts.append("</div>")
+    # one number in a whole run is no curve: those are in the table of single figures
+    names = {name for run in runs.values() for name, (counts, _) in run.series.items() if len(counts) > 1}
+    for heading, metrics in group_metrics(names).items():
+        parts.append(f'<h3>{html.escape(heading)}</h3><div class="charts">')
+        for name in metrics:
+            metric = metric_of(name)
+            figure = draw(metric, curves_of(name, runs), counter)
+            flat = "" if metric.title == name else f"<code>{html.escape(name)}</code>"
+            parts.append(
+                f'<figure class="chart" data-metric="{html.escape(name)}"><figcaption>{html.escape(metric.title)}{flat}'
+            )
+            parts.append(f"</figcaption>{as_svg(figure, f'{title} {name}', metric.label)}</figure>")
+        parts.append("</div>")
+    return "".join([*parts, "</section>"])
+
+
+def _key(number: int, run: Run, several: bool) -> str:
+    """HTML of a run in the legend: its line, its name and its marks; a box to switch it off where there are others."""
+    words = []
+    if best_count(run) is not None:
+        words.append(f"dashed upright line: best, {run.counter} {best_count(run)}")
+    if collapse_count(run) is not None:
+        words.append(f"red line with a cross: collapse, {run.counter} {collapse_count(run)}")
+    if alarm_counts(run):
+        words.append("triangles: alarms")
+    name = html.escape(f"{run.name} ({'; '.join(words)})" if words else run.name)
+    dashes = " ".join(str(2 * length) for length in dashes_of(number)) or "none"
+    style = f"stroke:var(--c{number % RUN_COLOURS});stroke-width:3;stroke-dasharray:{dashes}"
+    line = f'<svg width="28" height="10"><line x2="28" y1="5" y2="5" style="{style}"></line></svg>'
+    if not several:
+        return f'<span class="key">{line}<bdi>{name}</bdi></span>'
+    off = f"<style>body:has(#show{number}:not(:checked)) .run{number} {{ display: none; }}</style>"
+    return f'{off}<label class="key"><input type="checkbox" id="show{number}" checked>{line}<bdi>{name}</bdi></label>'
 
 
 def best_count(run: Run) -> float | None:
@@ -332,9 +244,14 @@ def collapse_count(run: Run) -> float | None:
     return guard.get("collapse_at") if isinstance(guard, Mapping) else None
 
 
-def alarm_counts(series: Mapping[str, tuple[list[float], list[float]]]) -> list[float]:
+def alarm_counts(run: Run) -> list[float]:
     """The iterations with an alarm of the guard."""
-    return [count for count, alarms in zip(*series.get("guard/alarms", ([], [])), strict=True) if alarms > 0]
+    return [count for count, alarms in zip(*run.series.get("guard/alarms", ([], [])), strict=True) if alarms > 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def chosen_samples(samples: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
@@ -392,10 +309,15 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def fact_table(columns: Sequence[tuple[str, Mapping[str, Any]]], titles: Mapping[str, str] | None = None) -> str:
+def card_title(key: str) -> str:
+    """A number of the reward card in plain words."""
+    return CARD_TITLES.get(key) or metric_of(key).label
+
+
+def fact_table(columns: Sequence[tuple[str, Mapping[str, Any]]], title: Callable[[str], str] = str) -> str:
     """HTML table: a row a key, a column a run.  Rows in which the runs agree have the class "same".
 
-    titles: metrics in plain words; None where the keys are no metrics.
+    title: gives a key in plain words.
     """
     flat = [flatten(facts) for _, facts in columns]
     keys = list(dict.fromkeys(key for facts in flat for key in facts))
@@ -405,7 +327,7 @@ def fact_table(columns: Sequence[tuple[str, Mapping[str, Any]]], titles: Mapping
     for key in keys:
         cells = [shown(facts.get(key)) for facts in flat]
         same = ' class="same"' if len(set(cells)) == 1 else ""
-        parts.append(f'<tr{same}><th scope="row">{html.escape(key if titles is None else title_of(key, titles))}</th>')
+        parts.append(f'<tr{same}><th scope="row">{html.escape(title(key))}</th>')
         parts += [f'<td class="text" dir="auto">{html.escape(cell)}</td>' for cell in cells]
         parts.append("</tr>")
     return "".join([*parts, "</tbody></table></div>"])
@@ -430,7 +352,7 @@ def probe_table(name: str, card: Mapping[str, Any]) -> str:
 
 def single_figures(run: Run) -> dict[str, float]:
     """Metrics of which the run has one value only, such as its run time."""
-    return {name: values[0] for name, (_, values) in run.series().items() if len(values) == 1}
+    return {name: values[0] for name, (_, values) in run.series.items() if len(values) == 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,23 +360,19 @@ def single_figures(run: Run) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def report_page(folders: Sequence[str], titles: Mapping[str, str], max_samples: int) -> str:
-    """The whole page for these runs.  Raises InputError when one of them is no run's folder.
+def report_page(folders: Sequence[str], max_samples: int) -> str:
+    """The whole page for these runs, with about `max_samples` replies of each.
 
-    titles: metrics in plain words, besides the ones known here; max_samples: about so many replies of each run.
+    Raises InputError when one of the folders is no run's.
     """
-    titles = {**TITLES, **titles}
     runs = [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
-    data = {
-        "runs": [run.name for run in runs],
-        "sections": curve_sections(runs, titles),
-        "samples": sample_tables(runs, max_samples),
-    }
+    data = {"runs": [run.name for run in runs], "samples": sample_tables(runs, max_samples)}
     heading = ", ".join(run.name for run in runs)
-    parts = [("curves", "Curves", "")]
+    # each stage's curves have a heading of their own
+    parts = [("curves", "Curves", "".join(curve_section(*stage) for stage in runs_by_stage(runs).items()))]
     figures = [(run.name, single_figures(run)) for run in runs]
     if any(facts for _, facts in figures):
-        parts.append(("figures", "Single figures", fact_table(figures, titles)))
+        parts.append(("figures", "Single figures", fact_table(figures, lambda name: metric_of(name).label)))
     owners: dict[str, list[Run]] = {}  # PPO runs of one reward model share its card
     for run in runs:
         if run.card is not None:
@@ -463,7 +381,7 @@ def report_page(folders: Sequence[str], titles: Mapping[str, str], max_samples: 
         cards = [(", ".join(run.name for run in members), members[0].card) for members in owners.values()]
         facts = [(name, {key: value for key, value in card.items() if key not in PROBES}) for name, card in cards]
         tables = "".join(probe_table(name, card) for name, card in cards if card.get("probes"))
-        parts.append(("card", "Reward card", fact_table(facts, titles) + tables))
+        parts.append(("card", "Reward card", fact_table(facts, card_title) + tables))
     if data["samples"]["rows"]:
         note = _sample_note(len(data["samples"]["rows"]), sum(len(run.samples) for run in runs))
         parts.append(("samples", "Samples", f'<p class="note">{note}</p>'))
@@ -477,10 +395,10 @@ def report_page(folders: Sequence[str], titles: Mapping[str, str], max_samples: 
         *(f'<p class="note">{html.escape(_headline(run))}</p>' for run in runs),
         *(_verdict(run) for run in runs if collapse_count(run) is not None),
         "<nav>" + " ".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in parts) + "</nav>",
-        "<noscript><p>The curves and the samples need JavaScript; nothing is fetched from anywhere.</p></noscript>",
+        "<noscript><p>The samples need JavaScript; nothing is fetched from anywhere.</p></noscript>",
     ]
     for anchor, name, content in parts:
-        title = "" if anchor == "curves" else f"<h2>{name}</h2>"  # each stage's curves have a heading of their own
+        title = "" if anchor == "curves" else f"<h2>{name}</h2>"
         body.append(f'<section id="{anchor}">{title}{content}</section>')
     return html_page(heading, "\n".join(body), data, "report")
 
@@ -496,7 +414,7 @@ def _headline(run: Run) -> str:
 def _verdict(run: Run) -> str:
     """HTML paragraph: what the guard saw of a collapse, and what came of it."""
     guard, at = run.record["guard"], collapse_count(run)
-    end = "the guard was to warn only, and the run went on"
+    end = "the guard only warned, and the run went on"
     if guard.get("stopped"):
         end = f"stopped, and rolled back to the policy of iteration {guard.get('rolled_back_to')}"
     signs = str(guard.get("verdict")).removeprefix(f"iteration {at}, ")
@@ -511,7 +429,7 @@ def _sample_note(kept: int, total: int) -> str:
 
 def write_report(folders: Sequence[str], output: str, max_samples: int = 20000) -> None:
     """Write these runs as one HTML page, with about `max_samples` replies of each.  Raises InputError."""
-    page = report_page(folders, CURVES, max_samples)
+    page = report_page(folders, max_samples)
     try:
         write_page(page, output)
     except OSError as error:

@@ -3,32 +3,20 @@
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import (
-    ProgressCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+from reporting.metrics import OF_PPO
 
 
 def iteration_line(logs: dict[str, Any], iteration: int, iterations: int) -> str | None:
     """What a person wants to see of a log of stage 3, in one line; None where it holds neither replies nor an evaluation."""
     if "score_mean" in logs:
-        held_out = f"  held-out score {logs['heldout/score']:.2f}" if "heldout/score" in logs else ""
-        held_out += f" gold {logs['heldout/gold']:.2f}" if "heldout/gold" in logs else ""
-        gold = f"gold {logs['gold_mean']:.2f}  " if "gold_mean" in logs else ""
-        return (
-            f"iteration {iteration}/{iterations}  score {logs['score_mean']:.2f} +- {logs['score_std']:.2f}  {gold}"
-            f"KL {logs['kl']:.2f}  {logs['response_length']:.1f} tokens a reply  empty {logs['empty_fraction']:.0%}  "
-            f"entropy {logs['entropy']:.2f}  {logs['tokens_per_second']:.0f} tokens/s{held_out}"
-        )
-    if "eval_score_mean" in logs:
-        gold = f"gold {logs['eval_gold']:.2f}  " if "eval_gold" in logs else ""
-        return (
-            f"evaluation after {iteration}  score {logs['eval_score_mean']:.2f}  {gold}KL {logs['eval_kl']:.2f}  "
-            f"{logs['eval_response_length']:.1f} tokens a reply  empty {logs['eval_empty_fraction']:.0%}"
-        )
-    return None
+        start = f"iteration {iteration}/{iterations}"
+    elif "eval_score_mean" in logs:
+        start = f"evaluation after {iteration}"
+    else:
+        return None
+    return start + "".join(metric.console.format(logs[name]) for name, metric in OF_PPO.items() if name in logs)
 
 
 class IterationLines(ProgressCallback):

@@ -1,7 +1,7 @@
 """What Weights & Biases, TensorBoard and trackio show of a run: grouped metrics, histograms, samples, the reward card.
 
-metrics.jsonl has flat names; `TRACKER_NAMES` says what a tracker calls each of stage 3, and docs/metrics.md what it means.
-The first two stages keep the Trainer's own train/... and eval/....
+metrics.jsonl has flat names; `reporting.metrics` says what a tracker calls each of stage 3.  The first two stages keep the
+Trainer's own train/... and eval/....
 """
 
 import os
@@ -15,57 +15,13 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from reporting.html import markdown_table
+from reporting.metrics import metric_of
 from rewards.reward_card import card_table, read_card
 from utils.console import InputError, is_main_process, one_line
 
-TRACKER_NAMES = {  # metrics.jsonl -> trackers; guard/... and heldout/... are called the same in both
-    "score_mean": "objective/score_mean",
-    "score_std": "objective/score_std",
-    "normalized_score_mean": "objective/normalized_score_mean",
-    "gold_mean": "objective/gold",
-    "reward_mean": "objective/reward_mean",
-    "kl": "objective/kl",
-    "kl_k3": "objective/kl_k3",
-    "kl_max": "objective/kl_max",
-    "kl_coef": "objective/kl_coef",
-    "loss": "objective/loss",
-    "train_loss": "objective/loss_of_run",
-    "policy_loss": "policy/loss",
-    "entropy": "policy/entropy",
-    "clip_fraction": "policy/clip_fraction",
-    "approx_kl": "policy/approx_kl",
-    "ratio_first": "policy/ratio_first",
-    "grad_norm": "policy/grad_norm",
-    "learning_rate": "policy/learning_rate",
-    "optimizer_steps": "policy/optimizer_steps",
-    "stopped_early": "policy/stopped_early",
-    "nonfinite_steps": "policy/nonfinite_steps",
-    "value_loss": "value/loss",
-    "value_clip_fraction": "value/clip_fraction",
-    "values_mean": "value/mean",
-    "returns_mean": "value/returns_mean",
-    "response_length": "reply/length",
-    "response_length_std": "reply/length_std",
-    "empty_fraction": "reply/empty_fraction",
-    "ended_fraction": "reply/ended_fraction",
-    "seconds": "speed/seconds",
-    "tokens_per_second": "speed/tokens_per_second",
-    "epoch": "speed/epoch",
-    "train_runtime": "speed/run_seconds",
-    "train_samples_per_second": "speed/run_replies_per_second",
-    "train_steps_per_second": "speed/run_iterations_per_second",
-    "total_flos": "speed/run_flos",
-}
 SAMPLES = 16  # replies in a table: enough to see what the policy does, few enough to send
 HISTOGRAMS = {"objective/scores": "score", "reply/lengths": "length"}  # name -> column of samples.jsonl
 STEP = "train/global_step"  # what the callbacks of transformers draw everything over, and what they call it
-
-
-def tracker_name(name: str) -> str:
-    """What a tracker calls a metric of stage 3.  One that nobody has put into a group goes to other/."""
-    if name.startswith("eval_"):
-        return "eval/" + name.removeprefix("eval_")
-    return TRACKER_NAMES.get(name, name if "/" in name else f"other/{name}")
 
 
 def check_trackers(training_args: TrainingArguments) -> None:
@@ -132,7 +88,7 @@ class Grouped:
     """Mixed into a tracker's callback of transformers: what stage 3 shows, instead of the Trainer's names."""
 
     def __init__(self, trainer: Trainer) -> None:
-        """trainer: its `samples` are the rows of samples.jsonl of this iteration."""
+        """trainer: that of stage 3, whose `samples` are the rows of samples.jsonl of the iteration."""
         super().__init__()
         self.trainer = trainer
 
@@ -148,7 +104,7 @@ class Grouped:
     ) -> None:
         if not state.is_world_process_zero:
             return
-        metrics = {tracker_name(name): value for name, value in logs.items()}
+        metrics = {metric_of(name).tracker: value for name, value in logs.items()}
         replies = self.trainer.samples if "score_mean" in logs else []  # an evaluation has none to show
         step = state.global_step
         # the SFT model's replies, and those of every checkpoint
@@ -200,7 +156,7 @@ class TrackioTracker(Grouped, TrackioCallback):
 
 
 def use_grouped_names(trainer: Trainer) -> None:
-    """Put our trackers in the place of the Trainer's own ones."""
+    """Replace the Trainer's own trackers by ours.  trainer: as `Grouped` takes it."""
     ours = {WandbCallback: WandbTracker, TensorBoardCallback: TensorBoardTracker, TrackioCallback: TrackioTracker}
     for stock, tracker in ours.items():
         if trainer.pop_callback(stock) is not None:

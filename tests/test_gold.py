@@ -1,6 +1,7 @@
 """--gold_function: measured in every place where there is a score, and without any effect on the run."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from safetensors.torch import load_file
 
 import rl_training
 from reporting.html_report import report_page
-from reporting.plots import CURVES
 from rewards.gold_function import load_gold, try_gold
 from rollout.batch import make_batch
 from tests import golds
@@ -97,14 +97,15 @@ def test_gold_is_in_the_pictures_and_in_the_report(runs: Path) -> None:
     assert {path.name for path in (runs / "with/plots").iterdir()} - {
         path.name for path in (runs / "without/plots").iterdir()
     } == {"gold_mean.png"}
-    page = report_page([str(runs / "with")], CURVES, 1000)
+    page = report_page([str(runs / "with")], 1000)
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert data["samples"]["columns"] == ["iteration", "score", "gold", "length", "kl"]
-    charts = {chart["metric"]: chart["title"] for group in data["sections"][0]["groups"] for chart in group["charts"]}
-    assert list(charts)[:2] == ["score_mean", "gold_mean"]
-    assert charts["gold_mean"] == CURVES["gold_mean"]
-    assert charts["heldout/gold"] == "held-out: " + CURVES["gold_mean"]
-    assert ["held-out: " + CURVES["gold_mean"]] == [row[0] for row in Page(page).tables[0] if "gold" in row[0]]
+    charts = dict(re.findall(r'data-metric="(.*?)"><figcaption>(.*?)<', page))
+    assert list(charts)[:3] == ["score_mean", "score_std", "gold_mean"]
+    assert charts["gold_mean"] == "gold (your own measure)"
+    assert charts["heldout/gold"] == "held-out: gold (your own measure)"
+    figures = [row[0] for row in Page(page).tables[0] if "gold" in row[0]]
+    assert figures == ["held-out: gold (your own measure)"]
 
 
 def test_a_function_that_fails_in_the_middle_ends_the_run(stages: Stages, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import subprocess
 import sys
@@ -15,13 +16,13 @@ from reporting.html_report import (
     best_count,
     chosen_samples,
     collapse_count,
-    group_metrics,
+    curves_of,
     read_run,
     report_page,
+    runs_by_stage,
     short_names,
-    title_of,
 )
-from reporting.plots import CURVES
+from reporting.plots import Curve
 from tests.helpers import own_lines
 from tests.pages import Page
 from utils.console import InputError, run_script
@@ -68,7 +69,7 @@ def write_run(folder: Path, stage: str = "ppo", metrics: str | None = None, **re
 
 
 def page_of(*folders: str, most: int = 1000) -> str:
-    return report_page(folders, CURVES, most)
+    return report_page(folders, most)
 
 
 def data_of(page: str) -> dict:
@@ -105,8 +106,8 @@ def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path: Path) -> None:
 def test_nothing_is_fetched(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "ppo"))
     addresses = re.findall(r"https?://[^\s\"']+", page)
-    assert addresses == ["http://www.w3.org/2000/svg"]  # the name of SVG, which nobody fetches
-    assert re.search(r"@import|url\(|\bsrc=|<link|fetch\(|XMLHttpRequest|import\(", page) is None
+    assert set(addresses) == {"http://www.w3.org/2000/svg"}  # the name of SVG, which nobody fetches
+    assert re.search(r"@import|url\([^#]|\bsrc=|href=\"[^#]|<link|fetch\(|XMLHttpRequest|import\(", page) is None
     assert POLICY in page
     assert POLICY.startswith("default-src 'none';")
 
@@ -119,59 +120,65 @@ def test_the_script_never_writes_html() -> None:
 # ---- Curves ----
 
 
+def charts_of(page: str) -> dict[str, list[tuple[str, str]]]:
+    """Heading -> name and title of the pictures under it."""
+    _, *parts = re.split(r"<h3>(.*?)</h3>", page)
+    chart = r'<figure class="chart" data-metric="(.*?)"><figcaption>(.*?)(?:<code>.*?</code>)?</figcaption>'
+    return {heading: re.findall(chart, text) for heading, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
 def test_every_number_has_its_place(tmp_path: Path) -> None:
     """Two values are a curve, one is a figure, text is neither; NaN becomes a gap; the evaluation counts for itself."""
-    page = page_of(write_run(tmp_path / "ppo", best={"iteration": 2}))
-    (section,) = data_of(page)["sections"]
-    (run,) = section["runs"]
-    assert section["counter"] == "iteration"
-    assert run["series"] == {
-        "score_mean": [[1, 2], [0.5, 0.75]],
-        "kl": [[1, 2], [0.0, 0.25]],
-        "guard/limit": [[1, 2], [3.0, 3.0]],
-        "guard/steep": [[1, 2], [None, 0.5]],
-    }
-    assert run["best"] == 2
+    folder = write_run(tmp_path / "ppo", best={"iteration": 2})
+    page, run = page_of(folder), read_run(folder, "ppo")
+    assert run.counter == "iteration"
+    curves = {name: curves_of(name, {3: run}) for name in run.series}
+    assert curves["score_mean"] == [Curve(3, [1, 2], [0.5, 0.75], best=2, alarms=[])]
+    assert curves["guard/limit"] == [Curve(3, [1, 2], [3.0, 3.0], best=2, alarms=[])]
+    (steep,) = curves["guard/steep"]
+    assert (math.isnan(steep.values[0]), steep.values[1]) == (True, 0.5)
     assert f"ppo: Stage 3: PPO, 2 iterations, base {html.escape(NASTY)}" in page
-    shown = {group["title"]: [chart["metric"] for chart in group["charts"]] for group in section["groups"]}
-    assert shown == {"Score and distance": ["score_mean", "kl"], "Guard": ["guard/limit", "guard/steep"]}
-    assert section["groups"][0]["charts"][0]["title"] == CURVES["score_mean"]
+    assert charts_of(page) == {
+        "Score and distance": [("score_mean", "score (reward model)"), ("kl", "KL to the SFT model")],
+        "Guard": [("guard/limit", "guard/limit"), ("guard/steep", "guard/steep")],
+    }
     figures = Page(page).tables[0]
-    assert figures[1:] == [["held-out: " + CURVES["score_mean"], "0.625"], ["seconds of the run", "12.5"]]
+    assert figures[1:] == [["held-out: score (reward model)", "0.625"], ["seconds of the run", "12.5"]]
 
 
 def test_an_evaluation_that_is_repeated_counts_once(tmp_path: Path) -> None:
     """Stage 2 evaluates at its last step and once more behind it: that was drawn as an upright line."""
     lines = [{"step": 1, "eval_loss": 3.0}, {"step": 2, "eval_loss": 2.0}, {"step": 2, "eval_loss": 2.5}]
     folder = write_run(tmp_path / "a", "reward", metrics="".join(json.dumps(line) + "\n" for line in lines))
-    (section,) = data_of(page_of(folder))["sections"]
-    assert section["runs"][0]["series"] == {"eval_loss": [[1, 2], [3.0, 2.5]]}
-
-
-def test_the_guards_measures_are_in_words() -> None:
-    assert title_of("guard/asked", {}) == "share of what was asked that the reply takes up"
-    assert title_of("heldout/kl", {}) == "held-out: KL to the SFT model (nats a reply)"
-    assert list(group_metrics(["heldout/kl", "guard/kl"])) == ["Guard", "Guard: held-out prompts"]
+    assert read_run(folder, "a").series == {"eval_loss": ([1, 2], [3.0, 2.5])}
 
 
 def test_stages_are_drawn_apart(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, stage) for name, stage in (("c", "ppo"), ("a", "sft"), ("b", "ppo"))]
-    sections = data_of(page_of(*folders))["sections"]
-    assert [(s["title"], s["counter"]) for s in sections] == [("Stage 1: SFT", "step"), ("Stage 3: PPO", "iteration")]
-    assert [(run["number"], run["name"]) for run in sections[1]["runs"]] == [(0, "c"), (2, "b")]
-
-
-def test_unknown_metrics_come_last_and_none_is_lost() -> None:
-    names = ["zeta", "loss", "guard/x", "eval_kl", "kl", "score_mean", "speed_of_light"]
-    groups = group_metrics(names)
-    assert groups == {
-        "Score and distance": ["score_mean", "kl"],
-        "Training": ["loss"],
-        "Held-out": ["eval_kl"],
-        "Guard": ["guard/x"],
-        "Other": ["speed_of_light", "zeta"],
+    stages = runs_by_stage([read_run(folder, Path(folder).name) for folder in folders])
+    assert {title: {number: run.name for number, run in runs.items()} for title, runs in stages.items()} == {
+        "Stage 1: SFT": {1: "a"},
+        "Stage 3: PPO": {0: "c", 2: "b"},
     }
-    assert list(groups)[-2:] == ["Guard", "Other"]
+    first, second = page_of(*folders).split('<section class="stage">')[1:]
+    assert first.startswith('<h2 dir="auto">Stage 1: SFT</h2>')
+    assert (first.count('class="run1 line"'), first.count('class="run0 line"')) == (4, 0)
+    assert all(second.count(f'class="run{number} line"') == 4 for number in (0, 2))
+
+
+def test_pictures_of_a_page_do_not_clash(tmp_path: Path) -> None:
+    """An SVG refers to its clips and marks by ids, which are those of the whole page: the first one was taken for all.
+
+    And the same runs give the same page.
+    """
+    folders = [write_run(tmp_path / name, **collapsed()) for name in ("a", "b")]
+    page = page_of(*folders)
+    ids = re.findall(r'\bid="(.*?)"', page)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'(?:url\(|href=")#(\w+)', page)
+    assert len(used) > 20
+    assert set(used) <= set(ids)
+    assert page_of(*folders) == page
 
 
 def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
@@ -179,9 +186,10 @@ def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", "sft", metrics='{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n{"step": 3, "lo')
     with open(f"{folder}/metrics.jsonl", "ab") as file:
         file.write("好".encode()[:1])  # a character has no end yet either
-    (section,) = data_of(page_of(folder))["sections"]
-    assert section["runs"][0]["series"] == {"loss": [[1, 2], [2.0, 1.0]]}
-    assert section["runs"][0]["best"] is None
+    run = read_run(folder, "a")
+    assert run.series == {"loss": ([1, 2], [2.0, 1.0])}
+    assert best_count(run) is None
+    assert 'class="chart"' in page_of(folder)
 
 
 @pytest.mark.parametrize("best", [{}, None, 3])
@@ -200,22 +208,31 @@ def test_a_collapse_is_marked_and_said(tmp_path: Path) -> None:
     """It was in run.json alone, and a page of a ruined run looked like that of a good one."""
     lines = [{"iteration": i, "score_mean": i, "guard/alarms": alarms} for i, alarms in ((1, 0), (2, 1), (3, 2))]
     text = "".join(json.dumps(line) + "\n" for line in lines)
+    quiet = text.replace("alarms", "x")
     runs = [
         write_run(tmp_path / "ended", metrics=text, **collapsed()),
-        write_run(tmp_path / "warned", **collapsed(stopped=False, rolled_back_to=None)),
-        write_run(tmp_path / "good", guard={"verdict": None, "collapse_at": None, "stopped": False}),
+        write_run(tmp_path / "warned", metrics=quiet, **collapsed(stopped=False, rolled_back_to=None)),
+        write_run(
+            tmp_path / "good",
+            metrics=quiet,
+            guard={"verdict": None, "collapse_at": None, "stopped": False},
+        ),
     ]
     page = page_of(*runs)
-    (section,) = data_of(page)["sections"]
-    assert [(run["best"], run["collapse"], run["alarms"]) for run in section["runs"]] == [
-        (1, 2, [2, 3]),
-        (1, 2, []),
-        (None, None, []),
+    curves = curves_of("score_mean", {n: read_run(folder, "") for n, folder in enumerate(runs)})
+    assert [(c.best, c.collapse, c.alarms) for c in curves] == [(1, 2, [2, 3]), (1, 2, []), (None, None, [])]
+    drawn = page.split('data-metric="score_mean"')[1].split("</figure>")[0]
+    marks = re.findall(r'class="run(.) (best|collapse|cross|alarm)"', drawn)
+    assert sorted(marks) == sorted([(n, m) for n in "01" for m in ("best", "collapse", "cross")] + [("0", "alarm")])
+    assert re.findall(r"<bdi>(.*?)</bdi>", page) == [
+        "ended (dashed upright line: best, iteration 1; red line with a cross: collapse, iteration 2; triangles: alarms)",
+        "warned (dashed upright line: best, iteration 1; red line with a cross: collapse, iteration 2)",
+        "good",
     ]
     assert re.findall(r'<p class="verdict" dir="auto">(.*?)</p>', page) == [
         "<strong>ended: collapse at iteration 2; stopped, and rolled back to the policy of iteration 1.</strong> "
         "rollouts: replies shrink: &lt;b&gt;1&lt;/b&gt; token a reply",
-        "<strong>warned: collapse at iteration 2; the guard was to warn only, and the run went on.</strong> "
+        "<strong>warned: collapse at iteration 2; the guard only warned, and the run went on.</strong> "
         "rollouts: replies shrink: &lt;b&gt;1&lt;/b&gt; token a reply",
     ]
 

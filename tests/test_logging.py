@@ -4,16 +4,18 @@ import json
 import math
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import reward_modeling
 import rl_training
 import sft_training
-from reporting.plots import draw_curves
+from reporting.plots import draw_curves, limits
 from reporting.progress import iteration_line
 from tests.helpers import make_stages, run_main, save_lively_base
 from utils.files import drop_rows_after, read_jsonl
@@ -149,50 +151,41 @@ def test_pictures(runs):
 
 
 def test_pictures_show_the_numbers(tmp_path, monkeypatch):
-    """The curve that matplotlib gets is the column of metrics.jsonl, evaluation rows left out."""
-    from matplotlib.axes import Axes
-
-    drawn = {}
-    plot, settings = Axes.plot, Axes.set
-    monkeypatch.setattr(
-        Axes, "plot", lambda self, x, y, **style: drawn.update({self: (x, y)}) or plot(self, x, y, **style)
-    )
-    titles = {}
-    monkeypatch.setattr(
-        Axes, "set", lambda self, **texts: titles.update({self: texts["title"]}) or settings(self, **texts)
-    )
-    names = (
-        "score_mean",
-        "score_std",
-        "response_length",
-        "kl",
-        "entropy",
-        "policy_loss",
-        "value_loss",
-        "clip_fraction",
-    )
+    """The curves are columns of metrics.jsonl, evaluation rows left out, with best, collapse and alarms where they were."""
+    names = ("score_mean", "score_std", "kl", "entropy")
     rows = [{"iteration": i, **{name: i * 10.0 + n for n, name in enumerate(names)}} for i in (1, 2, 3)]
     rows[2]["guard/alarms"] = 2.0
     lines = [rows[0], {"iteration": 1, "eval_score_mean": 99.0}, *rows[1:]]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = {"best": {"iteration": 2}, "guard": {"collapse_at": 3}}
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    marks = []
-    line = Axes.axvline
-    monkeypatch.setattr(
-        Axes, "axvline", lambda self, x, **style: marks.append((style["label"], x)) or line(self, x, **style)
-    )
-    alarms = []
-    points = Axes.scatter
-    monkeypatch.setattr(
-        Axes, "scatter", lambda self, x, y, **style: alarms.append((style["label"], x)) or points(self, x, y, **style)
-    )
+    (tmp_path / "run.json").write_text(json.dumps({"best": {"iteration": 2}, "guard": {"collapse_at": 3}}))
+    saved = {}
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: saved.update({Path(path).name: self.axes[0]}))
     draw_curves(str(tmp_path))
-    assert alarms == [("alarm", [3])] * len(drawn)
-    assert set(marks) == {("best", 2), ("collapse", 3)}
-    curves = {titles[axes]: curve for axes, curve in drawn.items()}
-    assert curves["score (reward model)"] == ([1, 2, 3], [10.0, 20.0, 30.0])
-    assert curves["KL to the SFT model (nats a reply)"] == ([1, 2, 3], [13.0, 23.0, 33.0])
+    assert list(saved) == ["score_mean.png", "kl.png", "entropy.png"]
+    kl = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in saved["kl.png"].lines}
+    assert ([1, 2, 3], [12.0, 22.0, 32.0]) in kl.values()
+    assert {name: kl[name][0] for name in ("best", "collapse", "alarm")} == {
+        "best": [2, 2],
+        "collapse": [3, 3],
+        "alarm": [3],
+    }
+    assert (saved["kl.png"].get_title(), saved["kl.png"].get_ylabel()) == ("KL to the SFT model", "nats a reply")
+    (band,) = saved["score_mean.png"].collections  # 10 +- 11, 20 +- 21, 30 +- 31
+    assert (band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()) == (-1, 61)
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ([], (0, 1)),
+        ([0.0, 0.0], (0, 1)),
+        ([-2.0], (-2.2, -1.8)),
+        ([1.0, 3.0], (0.9, 3.1)),  # a twentieth of the range on either side
+        ([1.0, 1 + 1e-9], (0.999, 1.001)),  # rounding errors are no curve
+    ],
+)
+def test_ends_of_an_axis(values, wanted):
+    assert limits(np.array(values)) == pytest.approx(wanted, abs=1e-8)
 
 
 def test_a_resumed_run_forgets_the_rows_it_will_write_again(tmp_path):

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from PIL import Image
 
-from reporting.plots import draw_card
+from reporting.plots import card_figure, draw_card
 from rewards.reward_card import (
     CARD_FILE,
     accuracy,
@@ -140,6 +141,14 @@ def test_the_table_shows_what_failed() -> None:
     assert "| empty | 1.000 | - | 10 |" in lines
     assert "| cut_50 | 0.900 **failed** | - | 10 |" in lines
     assert "| off_topic | 0.500 exempt | - | 10 |" in lines
+
+
+def test_an_exempt_kind_is_grey_and_named() -> None:
+    """off_topic was red at 0.44 in the picture of a card that had passed."""
+    left, _ = card_figure(whole_card(), {"good": np.ones(5)}).axes
+    names, bars = left.get_yticklabels(), left.patches
+    bars = {name.get_text(): to_hex(bar.get_facecolor()) for name, bar in zip(names, bars, strict=True)}
+    assert bars == {"off_topic (exempt)": "#8c8c8c", "cut_50": "#d55e00", "empty": "#0072b2"}
 
 
 def test_written_and_read(tmp_path: Path) -> None:
