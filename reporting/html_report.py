@@ -17,6 +17,7 @@ from reporting.html import html_page, write_page
 from reporting.metrics import group_metrics, metric_of
 from reporting.plots import RUN_COLOURS, Curve, as_svg, dashes_of, draw
 from utils.console import InputError, say
+from utils.files import read_json_object
 
 STAGES = {"sft": "Stage 1: SFT", "reward": "Stage 2: reward model", "ppo": "Stage 3: PPO"}  # in the order of the page
 COUNTERS = ("iteration", "step", "epoch")  # what curves are drawn over, never a curve
@@ -58,7 +59,7 @@ class Run:
     record: dict[str, Any]  # run.json
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
-    card: dict[str, Any] | None
+    card: dict[str, Any]  # empty where there is none
     card_folder: str  # its own, or that of the reward model that it used
 
     @property
@@ -96,7 +97,7 @@ def read_run(folder: str, name: str) -> Run:
     """Read what a run wrote; it may still be running.  Raises InputError when it is no run's folder."""
     if not os.path.isfile(os.path.join(folder, "metrics.jsonl")):
         raise InputError(f"there is no metrics.jsonl in {folder}; give the output folder of a training script")
-    record = _read_json(folder, "run.json") or {}
+    record = read_json_object(os.path.join(folder, "run.json"))
     # stage 3 shows the card of the model that gave the scores
     card_folder = record.get("arguments", {}).get("reward_model_lora_path") or folder
     card = _read_card(card_folder)
@@ -104,27 +105,16 @@ def read_run(folder: str, name: str) -> Run:
     return Run(name, folder, record, metrics, samples, card, card_folder)
 
 
-def _read_json(folder: str, file: str) -> dict[str, Any] | None:
-    path = os.path.join(folder, file)
-    if not os.path.isfile(path):
-        return None
-    with open(path, encoding="utf-8") as stream:
-        try:
-            content = json.load(stream)
-        except ValueError as error:
-            raise InputError(f"{path} is not valid JSON: {error}; is the file complete?") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not an object; correct or remove the file")
-    return content
+def _read_card(folder: str) -> dict[str, Any]:
+    """The reward card, empty where there is none.
 
-
-def _read_card(folder: str) -> dict[str, Any] | None:
-    """The reward card.  Raises InputError where its probes are no numbers: these go into the page without being escaped."""
-    card = _read_json(folder, "reward_card.json")
-    drawn = flatten({name: card[name] for name in ("threshold", *PROBES) if name in card} if card else {})
+    Raises InputError where its probes are no numbers: these go into the page without being escaped.
+    """
+    path = os.path.join(folder, "reward_card.json")
+    card = read_json_object(path)
+    drawn = flatten({name: card[name] for name in ("threshold", *PROBES) if name in card})
     wrong = [name for name, value in drawn.items() if not isinstance(value, (int, float))]
     if wrong:
-        path = os.path.join(folder, "reward_card.json")
         raise InputError(f"{path} is no reward card: {wrong[0]} is no number; train the reward model again")
     return card
 
@@ -375,7 +365,7 @@ def report_page(folders: Sequence[str], max_samples: int) -> str:
         parts.append(("figures", "Single figures", fact_table(figures, lambda name: metric_of(name).label)))
     owners: dict[str, list[Run]] = {}  # PPO runs of one reward model share its card
     for run in runs:
-        if run.card is not None:
+        if run.card:
             owners.setdefault(os.path.realpath(run.card_folder), []).append(run)
     if owners:
         cards = [(", ".join(run.name for run in members), members[0].card) for members in owners.values()]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Opens the pages of the toolkit in headless Chromium, report.html, compare.html and chat.py --web: filter, sort, hover,
+# Opens the pages of the toolkit in headless Chromium, report.html, compare.html and chat.py --web: filter, sort,
 # light and dark, hostile texts, a chat with several models.
 # Apart from scripts/test.sh because Chromium is no Python package: on Debian and Ubuntu `apt-get install chromium`.
 #   bash scripts/test_browser.sh                arguments go to pytest

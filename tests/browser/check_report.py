@@ -11,7 +11,6 @@ import pytest
 from compare import as_html
 from reporting.html import write_page
 from reporting.html_report import report_page
-from reporting.plots import CURVES
 from tests.browser.chromium import Browser, contrast, luminance
 
 SCRIPT = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title = 'broken'\">"
@@ -65,8 +64,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     runs = [write_run(folder / name, seed) for seed, name in enumerate(("one", "two"))]
     files = {"one": folder / "one.html", "both": folder / "both.html", "compare": folder / "compare.html"}
-    write_page(report_page(runs[:1], CURVES, 20000), str(files["one"]))
-    write_page(report_page(runs, CURVES, 20000), str(files["both"]))
+    write_page(report_page(runs[:1], 20000), str(files["one"]))
+    write_page(report_page(runs, 20000), str(files["both"]))
     tables = [(prompt, [["base", prompt, "1.00"], ["SFT", "x" * 5000, "2.00"]]) for prompt in PROMPTS[:4]]
     summary = (["model", "score"], [["base", "1.000"], ["SFT", "2.000"]])
     write_page(as_html(SCRIPT, summary, tables), str(files["compare"]))
@@ -163,44 +162,29 @@ def test_a_prompt_across_iterations_side_by_side(browser: Browser, pages: dict[s
     assert not browser.run("document.querySelector('dialog').open")
 
 
-def test_hover_tells_the_values(browser: Browser, pages: dict[str, Path]) -> None:
-    browser.open(pages["both"])
-    chart = '[data-metric="score_mean"]'
-    assert browser.run(f"document.querySelectorAll('{chart} path.line').length") == 2
-    assert browser.run(f"document.querySelectorAll('{chart} line.best').length") == 2
-    browser.move(f"{chart} svg")
-    lines = browser.run(f"[...document.querySelectorAll('{chart} .tip .value')].map(node => node.textContent)")
-    iteration = int(
-        browser.run(f"document.querySelector('{chart} .tip').firstChild.textContent").removeprefix("iteration ")
-    )
-    assert 20 < iteration < 32
-    assert lines == [f"one: {iteration}", f"two: {iteration + 1}"]
-    browser.move("h1")
-    assert browser.run(f"document.querySelector('{chart} .tip').hidden")
-
-
 def test_a_collapse_is_marked_where_it_was(browser: Browser, pages: dict[str, Path]) -> None:
     """A red line with a cross in the run's colour at iteration 40, triangles at the alarms, and the verdict as text."""
     browser.open(pages["both"])
     chart = '[data-metric="score_mean"]'
     every = browser.run("document.querySelectorAll('.chart').length")
-    assert browser.run("document.querySelectorAll('.chart line.collapse').length") == every
+    assert browser.run("document.querySelectorAll('.chart .collapse').length") == every
     marks = browser.run(
         f"(() => {{ const all = part => [...document.querySelectorAll('{chart} ' + part)];"
         "const middle = node => { const box = node.getBoundingClientRect(); return box.left + box.width / 2; };"
         "return {collapse: all('.collapse').map(middle), cross: all('.cross').map(middle), best: all('.best').map(middle),"
-        "alarms: all('.alarm').map(middle), line: all('path.line').map(node => node.getBoundingClientRect().toJSON())}; })()"
+        "alarms: all('.alarm use').map(middle), line: all('.line').map(node => node.getBoundingClientRect().toJSON())}; })()"
     )
+    assert len(marks["line"]) == 2
     box = marks["line"][0]  # its curve goes from iteration 1 to 50
     place = {i: box["left"] + (i - 1) / 49 * box["width"] for i in (30, 38, 40)}
     for name, iterations in (("collapse", [40]), ("cross", [40]), ("best", [30, 30]), ("alarms", [38, 40])):
         assert marks[name] == pytest.approx([place[i] for i in iterations], abs=1.5), name
     colours = [
-        browser.run(f"getComputedStyle(document.querySelectorAll('{chart} {part}')[{number}]).{what}")
-        for part, number, what in (("path.line", 1, "stroke"), (".cross", 0, "stroke"), (".alarm", 0, "fill"))
+        browser.run(f"getComputedStyle(document.querySelector('{chart} .run1.{part}')).{what}")
+        for part, what in (("line path", "stroke"), ("cross use", "stroke"), ("alarm use", "fill"))
     ]
     assert len(set(colours)) == 1  # the second run's
-    keys = browser.run("[...document.querySelectorAll('#curves .key')].map(node => node.textContent)")
+    keys = browser.run("[...document.querySelectorAll('.legend .key')].map(node => node.textContent)")
     assert keys == [
         "one (dashed upright line: best, iteration 30)",
         "two (dashed upright line: best, iteration 30; red line with a cross: collapse, iteration 40; triangles: alarms)",
@@ -217,15 +201,31 @@ def test_a_collapse_is_marked_where_it_was(browser: Browser, pages: dict[str, Pa
         > 4.5
     )
     panel = browser.run(colour.format(".chart", "backgroundColor"))
-    assert contrast(browser.run(colour.format(".chart .collapse", "stroke")), panel) > 3
+    assert contrast(browser.run(colour.format(".chart .collapse path", "stroke")), panel) > 3
 
 
 def test_a_gap_is_a_gap_and_a_run_can_be_hidden(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["both"])
-    path = browser.run("document.querySelector('[data-metric=\"guard/x\"] path.line').getAttribute('d')")
+    path = browser.run("document.querySelector('[data-metric=\"guard/x\"] .line path').getAttribute('d')")
     assert path.count("M") == 2  # iteration 7 is not a number
-    browser.click("#curves input[type=checkbox]")
-    assert browser.run("document.querySelectorAll('[data-metric=score_mean] path.line').length") == 1
+    display = "getComputedStyle(document.querySelector('[data-metric=score_mean] .{}.line')).display"
+    assert [browser.run(display.format(run)) for run in ("run0", "run1")] == ["inline", "inline"]
+    browser.click(".legend input")
+    assert [browser.run(display.format(run)) for run in ("run0", "run1")] == ["none", "inline"]
+
+
+def test_the_legend_stays_in_sight(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["both"])
+    browser.run("document.querySelector('.chart:last-child').scrollIntoView()")
+    assert browser.run("document.querySelector('.legend').getBoundingClientRect().top") == 0
+
+
+def test_words_of_a_picture_can_be_searched_and_selected(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["one"])
+    browser.run("getSelection().collapse(document.querySelector('.chart figcaption'))")
+    assert browser.run("find('iteration') && getSelection().anchorNode.parentNode.closest('svg').ariaLabel") == (
+        "score (reward model)"
+    )
 
 
 def test_every_axis_can_be_read(browser: Browser, pages: dict[str, Path]) -> None:
@@ -233,12 +233,14 @@ def test_every_axis_can_be_read(browser: Browser, pages: dict[str, Path]) -> Non
     browser.open(pages["one"])
     axes = browser.run(
         "[...document.querySelectorAll('.chart svg')].map(svg => [...svg.querySelectorAll('text')].map(text => "
-        "({anchor: text.getAttribute('text-anchor'), label: text.textContent, left: text.getBBox().x,"
-        "right: text.getBBox().x + text.getBBox().width, width: svg.clientWidth})))"
+        "({anchor: getComputedStyle(text).textAnchor, label: text.textContent, left: text.getBBox().x,"
+        "right: text.getBBox().x + text.getBBox().width, width: svg.viewBox.baseVal.width})))"
     )
     assert len(axes) == 10
     for texts in axes:
-        up, along = ([text for text in texts if text["anchor"] == anchor] for anchor in ("end", "middle"))
+        assert texts.count(next(text for text in texts if text["label"] == "iteration")) == 1
+        up = [text for text in texts if text["anchor"] == "end"]
+        along = [text for text in texts if text["label"].isdigit() and text["anchor"] == "middle"]
         for labels in (up, along):
             assert len({text["label"] for text in labels}) == len(labels) >= 2, labels
         assert all(text["left"] >= 0 and text["right"] <= text["width"] for text in texts), texts
@@ -258,8 +260,8 @@ def test_light_and_dark_are_readable(browser: Browser, pages: dict[str, Path], s
     assert contrast(browser.run(colour.format("p.note", "color")), page) > 4.5
     assert contrast(browser.run(colour.format(".chart text", "fill")), panel) > 4.5
     for number in range(8):
-        browser.run(f"document.querySelector('path.line').style.stroke = 'var(--c{number})'")
-        assert contrast(browser.run(colour.format("path.line", "stroke")), panel) > 3, number
+        browser.run(f"document.querySelector('.line path').style.stroke = 'var(--c{number})'")
+        assert contrast(browser.run(colour.format(".line path", "stroke")), panel) > 3, number
 
 
 def test_compare_page(browser: Browser, pages: dict[str, Path]) -> None:
