@@ -16,7 +16,7 @@ takes the mean and the standard deviation of the scores from it, and refuses a m
 import math
 import os
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,26 +27,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from inference.side_by_side import answer, answer_sampling
 from reporting.plots import draw_card
-from reporting.trackers import check_trackers, show_card
+from reporting.trackers import show_card
 from rewards.broken_replies import KINDS, TRAIN_WEIGHT, broken_pairs
-from rewards.reward_card import (
-    CARD_FILE,
-    accuracy,
-    card_table,
-    in_short,
-    length_correlation,
-    pair_measures,
-    verdict,
-    wilson_interval,
-)
+from rewards.reward_card import CARD_FILE, card_table, in_short, make_card, pair_measures, probe
 from rewards.reward_model import ensemble_score, member_folders, member_scores, new_reward_model
-from runs.checkpoints import resume_path
 from runs.memory_plan import announce, reward_plan
 from runs.run_files import RunFiles, run_record
+from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
 from utils.adapters import SCORE_KEY, SavedAdapter, check_adapter, load_adapter, read_adapter, saved_key
 from utils.arguments import (
@@ -56,8 +47,6 @@ from utils.arguments import (
     ModelArguments,
     PlanArguments,
     check_numbers,
-    check_output_dir,
-    choose_precision,
     default_autocast,
     parse_arguments,
     set_up_ddp,
@@ -65,9 +54,8 @@ from utils.arguments import (
 from utils.base_model import load_base, load_tokenizer
 from utils.batching import pad_right, part_size
 from utils.console import InputError, is_main_process, run_script, say
-from utils.data import check_template, tokenize_preferences, train_and_eval_rows
+from utils.data import Preferences, check_template, tokenize_preferences, train_and_eval_rows
 from utils.files import write_json
-from utils.launch import relaunch_on_all_gpus
 from utils.sharding import check_state_dict, is_sharded, whole_parameters
 
 
@@ -79,8 +67,8 @@ class RewardDataArguments(DataArguments):
         default=0.1,
         metadata={"help": "Without --eval_dataset: hold out this share of the prompts with all their pairs."},
     )
-    train_subset: int = field(default=-1, metadata={"help": "Train on the first so many pairs; -1: on all."})
-    eval_subset: int = field(default=-1, metadata={"help": "Evaluate on the first so many pairs; -1: on all."})
+    train_subset: int = field(default=-1, metadata={"help": "Train on this many pairs, the first ones; -1: on all."})
+    eval_subset: int = field(default=-1, metadata={"help": "Evaluate on this many pairs, the first ones; -1: on all."})
     max_length: int = field(default=1024, metadata={"help": "Longest prompt + reply, in tokens."})
     overlong_pairs: str = field(
         default="drop",
@@ -160,13 +148,14 @@ class RewardArguments(ResumableArguments, TrainingArguments):
     def __post_init__(self) -> None:
         coefficients = "center_rewards_coefficient length_penalty_coefficient ensemble_penalty"
         check_numbers(self, above_0="ensemble_size", from_0=coefficients)
+        self.remove_unused_columns = False  # the collator reads them all
         default_autocast(self)
         set_up_ddp(self)
         super().__post_init__()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loss and measures
+# Loss
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -180,31 +169,12 @@ def pairwise_loss(chosen: Tensor, rejected: Tensor, center_coefficient: float, m
 
 
 def length_penalty(scores: Tensor, lengths: Tensor) -> Tensor:
-    """Squared Pearson correlation of score and reply length over a batch, a scalar; 0 where either does not vary.
+    """Squared Pearson correlation of score and response length over a batch, a scalar; 0 where either does not vary.
 
     scores, lengths: float [N].
     """
     scores, lengths = scores - scores.mean(), lengths.float() - lengths.float().mean()
     return (scores * lengths).sum() ** 2 / (scores.square().sum() * lengths.square().sum()).clamp(min=1e-12)
-
-
-def measure_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Measures of held-out pairs; predictions: scores [N, 2] (chosen, rejected), label_ids: reply tokens [N, 2].
-
-    accuracy counts a tie as half.  length_correlation is Pearson's, over all replies; 0 where either does not vary.
-    """
-    scores, lengths = prediction.predictions, prediction.label_ids
-    share = accuracy(scores)
-    low, high = wilson_interval(share, len(scores))
-    return {
-        "accuracy": share,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "margin": float((scores[:, 0] - scores[:, 1]).mean()),
-        "score_mean": float(scores.mean()),
-        "score_std": float(scores.std()),
-        "length_correlation": length_correlation(scores, lengths),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,14 +186,19 @@ class RewardTrainer(ResumableTrainer):
     """Trainer for pairs: chosen and rejected go through the model in one batch, chosen first."""
 
     def __init__(self, *args: Any, members: list[str], **kwargs: Any) -> None:
-        super().__init__(*args, data_collator=self.collate, compute_metrics=measure_scores, **kwargs)
+        super().__init__(
+            *args,
+            data_collator=self.collate,
+            compute_metrics=lambda found: pair_measures(found.predictions, found.label_ids),  # as of prediction_step
+            **kwargs,
+        )
         self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs: let the Trainer average micro-batches
         self.members = members
 
     def collate(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Rows of `tokenize_preferences` -> ids and mask [2B, L], chosen first; lengths [B, 2]; margins and broken [B].
 
-        lengths are of the replies; broken: whether the rejected reply was made by rewards/broken_replies.py.
+        lengths are of the responses; broken: whether the rejected one was made by rewards/broken_replies.py.
         """
         sequences = [pair["chosen_ids"] for pair in pairs] + [pair["rejected_ids"] for pair in pairs]
         ids, mask = pad_right(sequences, self.processing_class.pad_token_id)
@@ -252,7 +227,7 @@ class RewardTrainer(ResumableTrainer):
         for member in member_scores(model, sequences, self.members, size):  # [2B]
             chosen, rejected = member.chunk(2)
             loss = pairwise_loss(chosen, rejected, self.args.center_rewards_coefficient, inputs["margins"])
-            if self.args.length_penalty_coefficient:  # a broken reply is short or long for a reason
+            if self.args.length_penalty_coefficient:  # a broken response is short or long for a reason
                 pair = torch.stack([chosen, rejected], dim=1)[ordinary].flatten()
                 penalty = length_penalty(pair, inputs["lengths"][ordinary].flatten())
                 loss = loss + self.args.length_penalty_coefficient * penalty
@@ -265,10 +240,10 @@ class RewardTrainer(ResumableTrainer):
 
     def as_text(self, inputs: dict[str, Tensor]) -> list[tuple[str, str]]:
         parts = []
-        replies = inputs["lengths"].T.flatten()  # [2B], chosen first
-        for ids, mask, reply in zip(inputs["input_ids"], inputs["attention_mask"].bool(), replies, strict=True):
+        lengths = inputs["lengths"].T.flatten().tolist()  # [2B], chosen first
+        for ids, mask, length in zip(inputs["input_ids"], inputs["attention_mask"].bool(), lengths, strict=True):
             real = ids[mask].tolist()
-            parts += [real[: len(real) - int(reply)], real[len(real) - int(reply) :]]
+            parts += [real[: len(real) - length], real[len(real) - length :]]
         texts = self.processing_class.batch_decode(parts, skip_special_tokens=True)
         return list(zip(texts[::2], texts[1::2], strict=True))
 
@@ -279,6 +254,7 @@ class RewardTrainer(ResumableTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, scores [B, 2] and, where the Trainer expects labels, response lengths [B, 2]."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, scores = self.compute_loss(model, inputs, return_outputs=True)
@@ -286,7 +262,7 @@ class RewardTrainer(ResumableTrainer):
 
     @torch.no_grad()
     def score(self, sequences: list[list[int]], description: str) -> np.ndarray:
-        """Scores [N] of whole sequences, by the same way as in an evaluation.  Every process computes all of them."""
+        """Scores [N] of whole sequences, computed as in an evaluation.  Every process computes all of them."""
         self.model.eval()
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # little padding
         size = 2 * self.args.per_device_eval_batch_size
@@ -343,68 +319,55 @@ def check_saved_tensors(whole: dict[str, Tensor], folder: str, members: list[str
     return difference
 
 
+def check_saved(trainer: RewardTrainer) -> float:
+    """The largest difference between the model and what was saved of it, measured by the first process: 0 in others.
+
+    Every process has to call it.  Raises RuntimeError when they differ.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    folder, members = trainer.args.output_dir, trainer.members
+    whole = None
+    if is_sharded(model):
+        whole = whole_parameters(model, lambda name: any(f".{member}." in name for member in members))
+    if not trainer.is_world_process_zero():
+        return 0.0
+    if whole is not None:
+        return check_saved_tensors(whole, folder, members)
+    pairs = trainer.eval_dataset
+    return check_saved_adapter(model, folder, trainer.collate(list(pairs.take(min(8, len(pairs))))), members)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and reward card
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Pairs(NamedTuple):
+    """What stage 2 learns from and is measured on."""
+
+    train: Dataset  # columns of `tokenize_preferences`; people's pairs first, then those with a broken response
+    train_lengths: np.ndarray  # response tokens of people's training pairs, int [N, 2]
+    evaluation: Dataset  # people's pairs
+    probes: list[dict[str, Any]]  # held-out pairs with a broken response, from `broken_pairs`
+
+
 def add_broken_pairs(
-    dataset: Dataset,
-    rows: Dataset,
-    data: RewardDataArguments,
-    limits: tuple[str, PreTrainedTokenizerBase, int],
-    seed: int,
+    preferences: Preferences, data: RewardDataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Dataset:
-    """The training pairs and so many broken ones that these are `degenerate_ratio` of all."""
-    wanted = len(dataset) * data.degenerate_ratio / (1 - data.degenerate_ratio)
+    """The training pairs, and as many broken ones as make up the share `degenerate_ratio` of all."""
+    ordinary = preferences.pairs
+    wanted = len(ordinary) * data.degenerate_ratio / (1 - data.degenerate_ratio)
     if not wanted:
-        return dataset
+        return ordinary
     weights = {kind: TRAIN_WEIGHT.get(kind, 1) for kind in data.kinds}
     counts = {kind: math.ceil(wanted * weight / sum(weights.values())) for kind, weight in weights.items()}
-    pairs = broken_pairs(rows, counts, limits, seed)
-    say(f"broken replies: {len(pairs)} pairs beside {len(dataset)} ordinary ones")
-    return concatenate_datasets([dataset, Dataset.from_list(pairs, features=dataset.features)])
+    broken = broken_pairs(preferences.sources, counts, tokenizer, data.max_length, seed)
+    say(f"broken replies: {len(broken)} pairs beside {len(ordinary)} ordinary ones")
+    return concatenate_datasets([ordinary, Dataset.from_list(broken, features=ordinary.features)])
 
 
-def sample_sft_replies(
-    model: PeftModel,
-    sft: SavedAdapter,
-    queries: list[list[int]],
-    data: RewardDataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    size: int,
-) -> list[list[int]]:
-    """Query + reply of the SFT adapter, as token ids, for each query that leaves room for one; EOS may not come first."""
-    load_adapter(model, sft, "sft")
-    model.eval()
-    queries = [query for query in queries if len(query) + data.output_max_length <= data.max_length]
-    sampling = answer_sampling(tokenizer, data.output_max_length)
-    replies = answer(model, ["sft"], queries, range(len(queries)), tokenizer, sampling, size)
-    model.delete_adapter("sft")
-    return [query + reply.ids for query, reply in zip(queries, replies, strict=True)]
-
-
-def probe(
-    trainer: RewardTrainer, pairs: list[dict[str, Any]], sft_sequences: list[list[int]]
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The card's part about broken replies and SFT replies, and the scores by sort of reply, for the picture."""
-    kinds = np.array([pair["kind"] for pair in pairs])
-    unique = {tuple(pair["chosen_ids"]): None for pair in pairs}
-    score_of = dict(zip(unique, trainer.score([list(ids) for ids in unique], "good replies"), strict=True))
-    good = np.array([score_of[tuple(pair["chosen_ids"])] for pair in pairs])
-    broken = trainer.score([pair["rejected_ids"] for pair in pairs], "broken replies")
-    found = [kind for kind in KINDS if (kinds == kind).any()]
-    card: dict[str, Any] = {
-        "probes": {kind: float((good > broken)[kinds == kind].mean()) for kind in found},
-        "probe_counts": {kind: int((kinds == kind).sum()) for kind in found},
-    }
-    scores = {kind: broken[kinds == kind] for kind in found}
-    scores["good"] = good
-    if sft_sequences:
-        sft = trainer.score(sft_sequences, "SFT replies")
-        card |= {"sft_score_mean": float(sft.mean()), "sft_score_std": float(sft.std()), "sft_replies": len(sft)}
-        card["probes_above_sft"] = {kind: float((scores[kind] > np.median(sft)).mean()) for kind in found}
-        scores["SFT"] = sft
-    return card, scores
-
-
-def reply_lengths(pairs: Dataset) -> np.ndarray:
-    """Tokens of the chosen and the rejected reply of each pair, int [N, 2]."""
+def response_lengths(pairs: Dataset) -> np.ndarray:
+    """Tokens of the chosen and the rejected response of each pair, int [N, 2]."""
     sides = [np.array([len(ids) for ids in pairs[side]]) for side in ("chosen_ids", "rejected_ids")]
     return np.stack(sides, axis=1) - np.array(pairs["query_length"])[:, None]
 
@@ -414,14 +377,103 @@ def first_rows(rows: Dataset, count: int) -> Dataset:
     return rows if count == -1 else rows.select(range(min(count, len(rows))))
 
 
+def read_pairs(data: RewardDataArguments, template: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> Pairs:
+    """The pairs for training, evaluation and the card.  Raises InputError when none are held out, or none is usable."""
+    train_rows, eval_rows = train_and_eval_rows(data, DEFAULT_PREFERENCES)
+    if eval_rows is None:
+        raise InputError("a reward model needs held-out pairs; give --eval_dataset or an --eval_fraction above 0")
+    limits = (template, tokenizer, data.max_length, data.overlong_pairs)
+    ordinary = tokenize_preferences(first_rows(train_rows, data.train_subset), *limits)
+    train = add_broken_pairs(ordinary, data, tokenizer, seed)
+    held_out = tokenize_preferences(first_rows(eval_rows, data.eval_subset), *limits)
+    counts = dict.fromkeys(KINDS, data.probe_prompts)
+    probes = broken_pairs(held_out.sources, counts, tokenizer, data.max_length, seed, held_out=True)
+    return Pairs(train, response_lengths(ordinary.pairs), held_out.pairs, probes)
+
+
+def sample_sft_responses(
+    trainer: RewardTrainer, sft: SavedAdapter, probes: list[dict[str, Any]], data: RewardDataArguments
+) -> list[list[int]]:
+    """Query + response of the SFT adapter, as token ids, for each query that leaves room for one; EOS may not come first.
+
+    The queries are those of the probes, at most `probe_prompts`.
+    """
+    queries = {tuple(pair["chosen_ids"][: pair["query_length"]]) for pair in probes}
+    queries = [list(query) for query in sorted(queries)[: data.probe_prompts]]
+    queries = [query for query in queries if len(query) + data.output_max_length <= data.max_length]
+    model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    load_adapter(model, sft, "sft")
+    model.eval()
+    sampling = answer_sampling(tokenizer, data.output_max_length)
+    size = trainer.args.per_device_eval_batch_size
+    responses = answer(model, ["sft"], queries, range(len(queries)), tokenizer, sampling, size)
+    model.delete_adapter("sft")
+    return [query + response.ids for query, response in zip(queries, responses, strict=True)]
+
+
+def write_card(trainer: RewardTrainer, pairs: Pairs, sft: SavedAdapter | None, data: RewardDataArguments) -> None:
+    """Measure the model that was trained and saved; the first process writes, draws and prints its reward card.
+
+    sft: adapter whose responses are scored too.
+    """
+    args = trainer.args
+    prediction = trainer.predict(pairs.evaluation, metric_key_prefix="eval")
+    trainer.log(prediction.metrics)
+    sft_sequences = [] if sft is None else sample_sft_responses(trainer, sft, pairs.probes, data)
+    probed, scores = probe(trainer.score, pairs.probes, sft_sequences)
+    probed["reload_difference"] = check_saved(trainer)
+    if not trainer.is_world_process_zero():
+        return
+    probed |= {"ensemble_size": args.ensemble_size, "ensemble_penalty": args.ensemble_penalty}
+    evaluated = prediction.predictions, prediction.label_ids, pairs.train_lengths
+    card = make_card(prediction.metrics, *evaluated, probed, data.exempt)
+    write_json(card, args.output_dir, CARD_FILE)
+    scores |= {"chosen": prediction.predictions[:, 0], "rejected": prediction.predictions[:, 1]}
+    draw_card(card, scores, args.output_dir)
+    for callback in trainer.callback_handler.callbacks:
+        show_card(callback, args.output_dir, trainer.state.global_step)
+    say(card_table(card))
+    say("the reward model " + ("passed" if card["passed"] else "FAILED: " + in_short(card["failed"])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_trainer(
+    args: RewardArguments,
+    lora_args: LoraArguments,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Pairs,
+    record: dict[str, Any] | None = None,
+) -> RewardTrainer:
+    """The trainer, ready to train.  Changes `base`, which gets adapters and heads.  record: content of run.json."""
+    model, members = new_reward_model(base, lora_args, args.seed, args.ensemble_size)
+    if args.activation_checkpointing:
+        model.enable_input_require_grads()  # a frozen embedding gives checkpointed layers nothing to differentiate
+    trainer = RewardTrainer(
+        model=model,
+        args=args,
+        train_dataset=pairs.train,
+        eval_dataset=pairs.evaluation,
+        processing_class=tokenizer,
+        callbacks=[RunFiles(record or {})],
+        members=members,
+    )
+    check_state_dict(trainer)
+    return trainer
+
+
 def main() -> None:
     # ---- Arguments ----
     model_args, data_args, lora_args, training_args, plan_args = parse_arguments(
         (ModelArguments, RewardDataArguments, LoraArguments, RewardArguments, PlanArguments),
         description="Stage 2: LoRA reward model.",
     )
+    dtype, checkpoint = start_stage("reward", model_args, training_args, plan_args.plan)
     if plan_args.plan:
-        dtype = choose_precision(model_args, training_args)
         announce(
             lambda model, args: reward_plan(model, data_args.max_length, lora_args, args, dtype),
             model_args,
@@ -430,30 +482,12 @@ def main() -> None:
             only_plan=True,
         )
         return
-    relaunch_on_all_gpus()
-    check_output_dir(training_args)
-    check_trackers(training_args)
-    checkpoint = resume_path(training_args, "reward")
-    dtype = choose_precision(model_args, training_args)
-    training_args.remove_unused_columns = False
-    set_seed(training_args.seed)
 
     # ---- Tokenizer and data ----
     tokenizer = load_tokenizer(model_args)
     template = model_args.prompt_template
     check_template(template, tokenizer)
-    train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_PREFERENCES)
-    if eval_rows is None:
-        raise InputError("a reward model needs held-out pairs; give --eval_dataset or an --eval_fraction above 0")
-    train_rows = first_rows(train_rows, data_args.train_subset)
-    eval_rows = first_rows(eval_rows, data_args.eval_subset)
-    limits = (template, tokenizer, data_args.max_length)
-    ordinary = tokenize_preferences(train_rows, *limits, data_args.overlong_pairs)
-    train_dataset = add_broken_pairs(ordinary, train_rows, data_args, limits, training_args.seed)
-    eval_dataset = tokenize_preferences(eval_rows, *limits, data_args.overlong_pairs)
-    probes = broken_pairs(
-        eval_rows, dict.fromkeys(KINDS, data_args.probe_prompts), limits, training_args.seed, held_out=True
-    )
+    pairs = read_pairs(data_args, template, tokenizer, training_args.seed)
 
     # ---- Model ----
     base = load_base(model_args, dtype, training_args.device)
@@ -462,62 +496,16 @@ def main() -> None:
         sft = read_adapter(data_args.sft_model_lora_path, "--sft_model_lora_path")
         check_adapter(sft, "--sft_model_lora_path", False, template, base)
     record = run_record("reward", base, model_args, training_args, data=asdict(data_args), lora=asdict(lora_args))
-    model, members = new_reward_model(base, lora_args, training_args.seed, training_args.ensemble_size)
-    if training_args.activation_checkpointing:
-        model.enable_input_require_grads()  # a frozen embedding gives checkpointed layers nothing to differentiate
 
     # ---- Training ----
-    trainer = RewardTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        callbacks=[RunFiles(record)],
-        members=members,
-    )
-    check_state_dict(trainer)
+    trainer = build_trainer(training_args, lora_args, base, tokenizer, pairs, record)
     trainer.train(resume_from_checkpoint=checkpoint)
+
+    # ---- Save ----
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
-
-    # ---- Reward card ----
-    prediction = trainer.predict(eval_dataset, metric_key_prefix="eval")
-    trainer.log(prediction.metrics)
-    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-    sft_sequences = []
-    if sft is not None:
-        queries = {tuple(pair["chosen_ids"][: pair["query_length"]]) for pair in probes}
-        queries = [list(query) for query in sorted(queries)[: data_args.probe_prompts]]
-        size = training_args.per_device_eval_batch_size
-        sft_sequences = sample_sft_replies(unwrapped, sft, queries, data_args, tokenizer, size)
-    probed, scores = probe(trainer, probes, sft_sequences)
-    whole = None
-    if is_sharded(unwrapped):
-        whole = whole_parameters(unwrapped, lambda name: any(f".{member}." in name for member in members))
-    if trainer.is_world_process_zero():
-        folder, sample = training_args.output_dir, trainer.collate(list(eval_dataset.take(min(8, len(eval_dataset)))))
-        if whole is None:
-            difference = check_saved_adapter(unwrapped, folder, sample, members)
-        else:
-            difference = check_saved_tensors(whole, folder, members)
-        card = {
-            **pair_measures(prediction.predictions, prediction.label_ids, reply_lengths(ordinary)),
-            "loss": prediction.metrics["eval_loss"],
-            **probed,
-            "reload_difference": difference,
-            "ensemble_size": training_args.ensemble_size,
-            "ensemble_penalty": training_args.ensemble_penalty,
-        }
-        card |= verdict(card, data_args.exempt)
-        scores |= {"chosen": prediction.predictions[:, 0], "rejected": prediction.predictions[:, 1]}
-        write_json(card, training_args.output_dir, CARD_FILE)
-        draw_card(card, scores, training_args.output_dir)
-        for callback in trainer.callback_handler.callbacks:
-            show_card(callback, training_args.output_dir, trainer.state.global_step)
-        say(card_table(card))
-        say("the reward model " + ("passed" if card["passed"] else "FAILED: " + in_short(card["failed"])))
-        say(f"reward adapter: {training_args.output_dir}")
+    write_card(trainer, pairs, sft, data_args)
+    say(f"reward adapter: {training_args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from reporting.trackers import check_trackers
-from runs.checkpoints import resume_path
 from runs.memory_plan import announce, sft_plan
 from runs.run_files import RunFiles, run_record
+from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
 from utils.adapters import new_lora_config
 from utils.arguments import (
@@ -29,8 +29,6 @@ from utils.arguments import (
     ModelArguments,
     PlanArguments,
     check_evaluation,
-    check_output_dir,
-    choose_precision,
     default_autocast,
     parse_arguments,
     set_up_ddp,
@@ -39,7 +37,6 @@ from utils.base_model import load_base, load_tokenizer
 from utils.batching import sft_part_size
 from utils.console import run_script, say
 from utils.data import check_template, tokenize_sft, train_and_eval_rows
-from utils.launch import relaunch_on_all_gpus
 from utils.sharding import check_state_dict
 
 DEFAULT_DATASET = "Hello-SimpleAI/HC3-Chinese"  # the article's
@@ -66,8 +63,8 @@ class SFTArguments(ResumableArguments, SFTConfig):
 class SortedSFTTrainer(ResumableTrainer, SFTTrainer):
     """TRL's trainer with less padding: the rows that go through the model together are of similar length.
 
-    The loss of an optimizer step is a sum over all its reply tokens, divided by their number.  So it does not matter which
-    rows share a pass; only how much of it is padding does.
+    The loss of an optimizer step is the sum over all its response tokens, divided by their number.  So which rows go through
+    the model together changes the padding, and not the loss.
     """
 
     def get_batch_samples(
@@ -122,13 +119,42 @@ def sort_rows(batches: list[dict[str, Tensor]], pad_id: int) -> list[dict[str, T
     return [{name: values[rows, : int(lengths[rows].max())] for name, values in joined.items()} for rows in parts]
 
 
+def build_trainer(
+    args: SFTArguments,
+    lora_args: LoraArguments,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    evaluation: Dataset | None = None,
+    record: dict[str, Any] | None = None,
+) -> SortedSFTTrainer:
+    """The trainer, ready to train.  Changes `base`, which gets an adapter.
+
+    train, evaluation: from `tokenize_sft`; record: content of run.json.
+    """
+    trainer = SortedSFTTrainer(
+        model=base,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        peft_config=new_lora_config(lora_args, base, "CAUSAL_LM"),
+        callbacks=[RunFiles(record or {})],
+    )
+    for parameter in trainer.model.parameters():  # TRL makes a 4-bit base's adapter bfloat16, where small steps vanish
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    check_state_dict(trainer)
+    return trainer
+
+
 def main() -> None:
     # ---- Arguments ----
     model_args, data_args, lora_args, training_args, plan_args = parse_arguments(
         (ModelArguments, DataArguments, LoraArguments, SFTArguments, PlanArguments), description="Stage 1: LoRA SFT."
     )
+    dtype, checkpoint = start_stage("sft", model_args, training_args, plan_args.plan)
     if plan_args.plan:
-        dtype = choose_precision(model_args, training_args)
         evaluates = data_args.eval_dataset is not None or data_args.eval_fraction > 0
         announce(
             lambda model, args: sft_plan(model, lora_args, args, dtype, evaluates),
@@ -138,12 +164,6 @@ def main() -> None:
             only_plan=True,
         )
         return
-    relaunch_on_all_gpus()
-    check_output_dir(training_args)
-    check_trackers(training_args)
-    checkpoint = resume_path(training_args, "sft")
-    dtype = choose_precision(model_args, training_args)
-    set_seed(training_args.seed)
 
     # ---- Tokenizer and data ----
     tokenizer = load_tokenizer(model_args)
@@ -151,29 +171,17 @@ def main() -> None:
     check_template(template, tokenizer)
     train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_DATASET)
     check_evaluation(training_args, eval_rows is not None)
-    train_dataset = tokenize_sft(train_rows, template, tokenizer, training_args.max_length)
-    eval_dataset = eval_rows and tokenize_sft(eval_rows, template, tokenizer, training_args.max_length)
+    train = tokenize_sft(train_rows, template, tokenizer, training_args.max_length)
+    evaluation = eval_rows and tokenize_sft(eval_rows, template, tokenizer, training_args.max_length)
 
     # ---- Model ----
     base = load_base(model_args, dtype, training_args.device)
     record = run_record("sft", base, model_args, training_args, data=asdict(data_args), lora=asdict(lora_args))
 
     # ---- Training ----
-    trainer = SortedSFTTrainer(
-        model=base,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        peft_config=new_lora_config(lora_args, base, "CAUSAL_LM"),
-        callbacks=[RunFiles(record)],
-    )
-    for parameter in trainer.model.parameters():  # TRL makes a 4-bit base's adapter bfloat16, where small steps vanish
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    check_state_dict(trainer)
+    trainer = build_trainer(training_args, lora_args, base, tokenizer, train, evaluation, record)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if eval_dataset is not None:
+    if evaluation is not None:
         trainer.evaluate()
 
     # ---- Save ----

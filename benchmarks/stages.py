@@ -121,7 +121,7 @@ def make_trainer(side: str, stage: str, rows: int, batches: int, steps: int, fol
     if side == "ours":
         model = LlamaForCausalLM(config).requires_grad_(False)
         wrapped, members = new_reward_model(model, LoraArguments(lora_r=8, lora_alpha=16, lora_dropout=0.0), seed=0)
-        args = reward_modeling.RewardArguments(**shared, eval_strategy="no", remove_unused_columns=False)
+        args = reward_modeling.RewardArguments(**shared, eval_strategy="no")
         return reward_modeling.RewardTrainer(model=wrapped, args=args, members=members, **more), model
     model = LlamaForSequenceClassification(LlamaConfig(**SHAPE, max_position_embeddings=1024, num_labels=1))
     wrapped = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **lora))

@@ -13,14 +13,13 @@ import functools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from utils.data import encode_prompt, encode_reply, preference_reader
+from utils.data import Source, is_blank
 
 KINDS = (
     "empty",
@@ -39,10 +38,10 @@ KINDS = (
     "stock",
     "wrong_language",
 )
-# Kinds that are worse than whatever reply they were made from.
-OF_ANY_REPLY = tuple(kind for kind in KINDS if kind not in ("off_topic", "stock", "wrong_language"))
-# Training pairs of a kind, others have 1: the harder ones to learn have more. For two the prompt has to be read, and the
-# others hold good words or whole good sentences, in very many ways.
+# Kinds that are worse than the response they were made from, even where that is a poor one.
+OF_ANY_RESPONSE = tuple(kind for kind in KINDS if kind not in ("off_topic", "stock", "wrong_language"))
+# Kinds with more than one share of the training pairs, because they are harder to learn: for two of them the prompt has to
+# be read, and the others hold good words or whole good sentences in very many ways.
 TRAIN_WEIGHT = {
     "cut_50": 3,
     "repeated": 3,
@@ -52,12 +51,14 @@ TRAIN_WEIGHT = {
     "off_topic": 3,
     "wrong_language": 3,
 }
-SHORTEST_CUT = 6  # tokens: shorter replies are neither cut nor made tiny
+SHORTEST_CUT = 6  # tokens: a shorter response is neither cut nor made tiny
 SHORTEST_SHUFFLE = 5  # words
-DONORS = 8  # replies looked at for one that has as little to do with the prompt as possible
-SECOND_LANGUAGE = 0.02  # share of the replies in another script from which the data counts as bilingual
-LOOP_WORDS = 8  # from so many words on a reply can be called a loop
-LOOP_DISTINCT = 0.6  # and it is one when fewer of its runs of three words than this share are different ones
+DONORS = 8  # responses to other prompts, of which the one that has least to do with the prompt is taken
+SECOND_LANGUAGE = (
+    0.02  # a script that at least this share of the responses is written in counts as a language of the data
+)
+LOOP_WORDS = 8  # a response of fewer words is never called a loop
+LOOP_DISTINCT = 0.6  # it is a loop when less than this share of its runs of three words are different ones
 
 SENTENCE = re.compile(r"[^.!?。！？…～।؟\n]*[.!?。！？…～।؟\n]+|[^.!?。！？…～।؟\n]+$")
 SENTENCE_END = ".!?。！？…～।؟\n"
@@ -119,12 +120,12 @@ STOCK = {  # by script; every second one is kept for the probes
 }
 
 
-class GoodReply(NamedTuple):
-    """A reply that somebody preferred, with its prompt."""
+class GoodResponse(NamedTuple):
+    """A response to break, with its prompt."""
 
-    prompt: str  # what was asked last, without the template
-    reply: str
-    ids: list[int]  # the reply's tokens, without EOS
+    prompt: str  # the last turn, without the template
+    response: str
+    ids: list[int]  # the response's tokens, without EOS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,28 +133,31 @@ class GoodReply(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class ReplyBreaker:
-    """Makes broken replies of every kind out of a set of good ones.  The same seed gives the same replies.
+class ResponseBreaker:
+    """Makes broken responses of every kind out of a set of good ones.  The same seed gives the same responses.
 
     held_out: take stock phrases and blanks that a breaker for training never uses.
     """
 
     def __init__(
-        self, replies: Sequence[GoodReply], tokenizer: PreTrainedTokenizerBase, seed: int, held_out: bool = False
+        self, responses: Sequence[GoodResponse], tokenizer: PreTrainedTokenizerBase, seed: int, held_out: bool = False
     ) -> None:
-        self.replies = replies
+        self.responses = responses
         self.tokenizer = tokenizer
         self.seed = seed
         self.half = int(held_out)
-        self.words = [(set(words_of(good.prompt)), set(words_of(good.reply))) for good in replies]
-        self.scripts = [script_of(good.reply) for good in replies]
+        self.words = [(set(words_of(good.prompt)), set(words_of(good.response))) for good in responses]
+        self.scripts = [script_of(good.response) for good in responses]
         counts = Counter(self.scripts)
-        self.languages = {script for script, count in counts.items() if count >= SECOND_LANGUAGE * len(replies)}
+        self.languages = {script for script, count in counts.items() if count >= SECOND_LANGUAGE * len(responses)}
 
-    def break_reply(self, kind: str, index: int) -> list[int] | None:
-        """Tokens, without EOS, of a broken reply to the prompt of reply `index`; None where the kind does not apply."""
+    def break_response(self, kind: str, index: int) -> list[int] | None:
+        """Tokens, without EOS, of a broken response to prompt `index`; None where the kind does not apply.
+
+        Raises ValueError for an unknown kind.
+        """
         rng = Random(f"{self.seed} {self.half} {kind} {index}")
-        good = self.replies[index]
+        good = self.responses[index]
         if kind == "empty":
             return []
         if kind == "tiny":
@@ -166,20 +170,20 @@ class ReplyBreaker:
             start = good.ids[: rng.randint(0, len(good.ids) // 2)]
             return start + [rng.choice(good.ids)] * rng.randint(6, max(12, len(good.ids)))
         text = self._text(kind, index, rng)
-        if text is None or text.strip() == good.reply.strip():
+        if text is None or text.strip() == good.response.strip():
             return None
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _text(self, kind: str, index: int, rng: Random) -> str | None:
-        good = self.replies[index]
-        joiner = " " if " " in good.reply.strip() else ""
+        good = self.responses[index]
+        joiner = " " if " " in good.response.strip() else ""
         if kind == "blank":
             return joiner.join([rng.choice(BLANKS[self.half :: 2])] * rng.randint(1, 3))
         if kind == "repeated":
-            return joiner.join([good.reply] * rng.randint(2, 3))
+            return joiner.join([good.response] * rng.randint(2, 3))
         if kind == "sentence_loop":
-            last = SENTENCE.findall(good.reply.strip())[-1].strip()
-            return joiner.join([good.reply, *[last] * rng.randint(2, 5)])
+            last = SENTENCE.findall(good.response.strip())[-1].strip()
+            return joiner.join([good.response, *[last] * rng.randint(2, 5)])
         if kind == "shuffled":
             return self._shuffled(good, joiner, rng)
         if kind == "echo":
@@ -194,12 +198,12 @@ class ReplyBreaker:
         raise ValueError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}")
 
     def _tiny(self, index: int, rng: Random) -> list[int] | None:
-        """The first one to three tokens of this reply or of another one."""
-        source = self.replies[rng.choice((index, rng.randrange(len(self.replies))))]
-        return self._cut(source, rng.randint(1, 3)) if len(self.replies[index].ids) >= SHORTEST_CUT else None
+        """The first one to three tokens of this response or of another one."""
+        source = self.responses[rng.choice((index, rng.randrange(len(self.responses))))]
+        return self._cut(source, rng.randint(1, 3)) if len(self.responses[index].ids) >= SHORTEST_CUT else None
 
-    def _cut(self, good: GoodReply, length: int) -> list[int] | None:
-        """The first `length` tokens, at least one; fewer where that would end a sentence, as it may be a good reply."""
+    def _cut(self, good: GoodResponse, length: int) -> list[int] | None:
+        """The first `length` tokens, at least one; fewer where they would end a sentence and so might be a good response."""
         if len(good.ids) < SHORTEST_CUT:
             return None
         length = max(1, length)
@@ -207,27 +211,27 @@ class ReplyBreaker:
             length -= 1
         return good.ids[:length] or None
 
-    def _shuffled(self, good: GoodReply, joiner: str, rng: Random) -> str | None:
-        words = words_of(good.reply, lower=False)
+    def _shuffled(self, good: GoodResponse, joiner: str, rng: Random) -> str | None:
+        words = words_of(good.response, lower=False)
         if len(words) < SHORTEST_SHUFFLE:
             return None
         rng.shuffle(words)
-        return joiner.join(words) + good.reply.strip()[-1]
+        return joiner.join(words) + good.response.strip()[-1]
 
     def _donor(self, index: int, rng: Random, fits: Callable[[str], bool]) -> str | None:
-        """Of a few other prompts' replies that fit, the one with the fewest of this prompt's words.
+        """Of a few other prompts' responses that fit, the one with the fewest of this prompt's words.
 
-        None where even that one has as many as the good reply: it may be an answer to this prompt too.
+        None where even that one has as many as the good response: it may answer this prompt too.
         """
         asked = self.words[index][0]
         own = len(asked & self.words[index][1])
-        drawn = (rng.randrange(len(self.replies)) for _ in range(10 * DONORS))
+        drawn = (rng.randrange(len(self.responses)) for _ in range(10 * DONORS))
         found = [other for other in drawn if other != index and fits(self.scripts[other])][:DONORS]
         if not found:
             return None
         best = min(found, key=lambda other: len(asked & self.words[other][1]))
         shared = len(asked & self.words[best][1])
-        return self.replies[best].reply if shared < own or shared == 0 else None
+        return self.responses[best].response if shared < own or shared == 0 else None
 
 
 def words_of(text: str, lower: bool = True) -> list[str]:
@@ -251,25 +255,27 @@ def _script(mark: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def distinct_runs(text: str, length: int) -> float:
-    """Share of different ones among the runs of `length` neighbouring words; 1 where there are none."""
-    words = words_of(text)
-    runs = [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]
-    return len(set(runs)) / len(runs) if runs else 1.0
+def distinct_share(sequences: Iterable[Sequence[Hashable]], length: int) -> float | None:
+    """Different runs of `length` neighbours as a share of all such runs in the sequences together; None without any.
+
+    Of words or tokens it is distinct-n (Li et al. 2016, arXiv:1510.03055, section 5).
+    """
+    runs = [tuple(sequence[i : i + length]) for sequence in sequences for i in range(len(sequence) - length + 1)]
+    return len(set(runs)) / len(runs) if runs else None
 
 
-def find_broken(prompt: str, reply: str) -> str | None:
-    """What is plainly wrong with a reply, whatever the prompt asks: "empty", "blank", "loop", "echo", else None.
+def find_broken(prompt: str, response: str) -> str | None:
+    """What is plainly wrong with a response, whatever the prompt asks: "empty", "blank", "loop", "echo", else None.
 
     blank: no letter, digit or symbol in it.  loop: at least `LOOP_WORDS` words, and fewer than `LOOP_DISTINCT` of its runs
     of three words are different ones.  echo: the prompt again and nothing else.  Short is not broken.
     """
-    if not reply.strip():
+    if is_blank(response):
         return "empty"
-    if all(unicodedata.category(mark)[0] in "PZC" for mark in reply):
+    if all(unicodedata.category(mark)[0] in "PZC" for mark in response):
         return "blank"
-    words, asked = words_of(reply), words_of(prompt)
-    if len(words) >= LOOP_WORDS and distinct_runs(reply, 3) < LOOP_DISTINCT:
+    words, asked = words_of(response), words_of(prompt)
+    if len(words) >= LOOP_WORDS and distinct_share([words], 3) < LOOP_DISTINCT:
         return "loop"
     if asked and len(words) >= len(asked) and words == (asked * len(words))[: len(words)]:
         return "echo"
@@ -282,54 +288,45 @@ def find_broken(prompt: str, reply: str) -> str | None:
 
 
 def broken_pairs(
-    rows: Dataset,
+    sources: Sequence[Source],
     counts: dict[str, int],
-    limits: tuple[str, PreTrainedTokenizerBase, int],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
     seed: int,
     held_out: bool = False,
 ) -> list[dict[str, Any]]:
-    """Pairs of a reply and a broken one to the same prompt, with the columns of `tokenize_preferences` and their `kind`.
+    """Pairs of a response and a broken one to the same prompt, with the columns of `tokenize_preferences`.
 
-    rows: preference data; counts: kind -> how many pairs, fewer where the data gives no more; limits: prompt template,
-    tokenizer, and the longest prompt + reply in tokens.  A reply that does not fit is left out; a broken one is cut to fit
-    and then has no EOS.
+    sources: from `tokenize_preferences`; counts: kind -> how many pairs, fewer where the sources give no more.  A broken
+    response that with its prompt is longer than `max_length` tokens is cut, and then has no EOS.
 
-    For training, every second pair of the kinds in `OF_ANY_REPLY` is made from a rejected reply: what is left of a poor
-    reply is still worse than the reply, and a policy starts from poor ones.  held_out: from chosen ones only, with stock
-    phrases and blanks that no training pair has.
+    For training, every second pair of the kinds in `OF_ANY_RESPONSE` is made from a rejected response: what is left of a
+    poor response is still worse than the response, and a policy starts from poor ones.  held_out: from chosen ones only,
+    with stock phrases and blanks that no training pair has.
     """
-    template, tokenizer, max_length = limits
-    read = preference_reader(rows)
-    queries, chosen_replies, rejected_replies = [], [], []
-    for row in rows:
-        prompt, *texts = read(row)
-        if not prompt or not all(text and text.strip() for text in texts):
-            continue
-        query = encode_prompt(prompt, template, tokenizer)
-        ids = [encode_reply(text, tokenizer) for text in texts]
-        if len(query) + max(map(len, ids)) < max_length:
-            asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            queries.append(query)
-            chosen_replies.append(GoodReply(asked, texts[0], ids[0]))
-            rejected_replies.append(GoodReply(asked, texts[1], ids[1]))
-    of_chosen = ReplyBreaker(chosen_replies, tokenizer, seed, held_out)
-    of_rejected = of_chosen if held_out else ReplyBreaker(rejected_replies, tokenizer, seed)
+    of_chosen = ResponseBreaker(
+        [GoodResponse(source.prompt, source.chosen, source.chosen_ids) for source in sources], tokenizer, seed, held_out
+    )
+    of_rejected = of_chosen
+    if not held_out:
+        rejected = [GoodResponse(source.prompt, source.rejected, source.rejected_ids) for source in sources]
+        of_rejected = ResponseBreaker(rejected, tokenizer, seed)
     pairs = []
     for kind, count in counts.items():
-        order = list(range(len(queries)))
-        # the probes of all kinds are about the same prompts, so each good reply has to be scored once
+        order = list(range(len(sources)))
+        # the probes of all kinds are about the same prompts, so each good response has to be scored once
         Random(f"{seed} order" if held_out else f"{seed} {kind} order").shuffle(order)
         made = 0
         for index in order:
             if made == count:
                 break
-            breaker = of_rejected if made % 2 and kind in OF_ANY_REPLY else of_chosen
-            broken = breaker.break_reply(kind, index)
+            breaker = of_rejected if made % 2 and kind in OF_ANY_RESPONSE else of_chosen
+            broken = breaker.break_response(kind, index)
             if broken is None:
                 continue
             made += 1
-            query = queries[index]
-            better = [*query, *breaker.replies[index].ids, tokenizer.eos_token_id]
+            query = sources[index].query
+            better = [*query, *breaker.responses[index].ids, tokenizer.eos_token_id]
             worse = [*query, *broken, tokenizer.eos_token_id][:max_length]
             extra = {"query_length": len(query), "length": max(len(better), len(worse)), "margin": 0.0, "kind": kind}
             pairs.append({"chosen_ids": better, "rejected_ids": worse, **extra})

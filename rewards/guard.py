@@ -12,10 +12,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any
 
-from rewards.broken_replies import words_of
+from rewards.broken_replies import distinct_share, words_of
 
 EXTREME = 8.0  # standard deviations from the mean score from which a single reply is named
 WARNING, ALARM = "warning", "alarm"
@@ -55,7 +54,6 @@ def measure_responses(
         askers.setdefault(response.strip(), set()).add(prompt)
     count = len(responses)
     said = [words_of(response) for response in responses]
-    pairs = [pair for words in said for pair in pairwise(words)]
     asked = [set(words_of(prompt)) for prompt in prompts]
     askers_of = Counter(word for words in asked for word in words)
     shares = []
@@ -69,7 +67,7 @@ def measure_responses(
         "broken": sum(kind is not None for kind in faults) / count,
         "empty": sum(kind in ("empty", "blank") for kind in faults) / count,
         "same": sum(len(askers[response.strip()]) > 1 for response in responses) / count,
-        "distinct": len(set(pairs)) / len(pairs) if pairs else 1.0,
+        "distinct": distinct_share(said, 2) or 1.0,
         "asked": sum(shares) / len(shares) if shares else 0.0,
     }
 

@@ -1,23 +1,24 @@
 """The reward card: what a reward model can and cannot tell apart, measured on held-out prompts.
 
-reward_modeling.py builds it, rl_training.py reads it and refuses a model that failed.  Arithmetic on numpy arrays; N pairs,
-scores float [N, 2] and reply lengths int [N, 2] in tokens, chosen first.
+reward_modeling.py writes it, rl_training.py reads it and refuses a model that failed.  Arithmetic on numpy arrays; N pairs,
+scores float [N, 2] and response lengths int [N, 2] in tokens, chosen first.
 """
 
-import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from rewards.broken_replies import KINDS
 from utils.console import InputError
+from utils.files import read_json_object
 
 CARD_FILE = "reward_card.json"
-PROBE_THRESHOLD = 0.95  # share of prompts where the good reply has to beat the broken one, for each kind
-SAME_LENGTH = 0.1  # replies count as equally long up to this share of the longer one
-SHORT_SHARE = 0.2  # the chosen replies up to this quantile of their lengths are the short good ones
+PROBE_THRESHOLD = 0.95  # share of the prompts where the good response has to beat the broken one, for each kind
+SAME_LENGTH = 0.1  # two responses are equally long when they differ by at most this share of the longer one
+SHORT_SHARE = 0.2  # the chosen responses up to this quantile of their lengths are the short good ones
 BINS = 10  # of the calibration error
 
 
@@ -36,7 +37,7 @@ def accuracy(scores: np.ndarray) -> float:
 
 
 def length_correlation(scores: np.ndarray, lengths: np.ndarray) -> float:
-    """Pearson's correlation of score and reply length over all replies; 0 where either does not vary."""
+    """Pearson's correlation of score and response length over all responses; 0 where either does not vary."""
     varies = scores.std() > 0 and lengths.std() > 0
     return float(np.corrcoef(scores.ravel(), lengths.ravel())[0, 1]) if varies else 0.0
 
@@ -74,32 +75,99 @@ def length_only_accuracy(train_lengths: np.ndarray, lengths: np.ndarray) -> floa
     return accuracy(lengths if (difference > 0).sum() >= (difference < 0).sum() else -lengths)
 
 
-def pair_measures(scores: np.ndarray, lengths: np.ndarray, train_lengths: np.ndarray) -> dict[str, Any]:
-    """Everything about ordinary pairs; None where no pair is of that sort."""
-    longer = lengths.max(1)
-    difference = lengths[:, 0] - lengths[:, 1]
-    short = lengths[:, 0] <= np.quantile(lengths[:, 0], SHORT_SHARE)
-    sorts = {
-        "length_matched": np.abs(difference) <= SAME_LENGTH * longer,
-        "shorter_chosen": difference < 0,
-        "longer_chosen": difference > 0,
-        "short_good": short & (difference < 0),
-    }
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts of a card, and the card
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pair_measures(scores: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+    """What every evaluation during training says about the held-out pairs; accuracy_low and _high: its 95% interval."""
     share = accuracy(scores)
-    margins = scores[:, 0] - scores[:, 1]
+    low, high = wilson_interval(share, len(scores))
     return {
         "accuracy": share,
-        "accuracy_ci95": list(wilson_interval(share, len(scores))),
-        "eval_pairs": len(scores),
-        "length_only_accuracy": length_only_accuracy(train_lengths, lengths),
-        **{f"{name}_accuracy": accuracy(scores[rows]) if rows.any() else None for name, rows in sorts.items()},
-        **{f"{name}_pairs": int(rows.sum()) for name, rows in sorts.items()},
-        "calibration_error": calibration_error(margins),
-        "temperature": fit_temperature(margins),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "margin": float((scores[:, 0] - scores[:, 1]).mean()),
         "score_mean": float(scores.mean()),
         "score_std": float(scores.std()),
         "length_correlation": length_correlation(scores, lengths),
     }
+
+
+def accuracy_by_length(scores: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
+    """Accuracy and number of the pairs of each sort: does the model judge more than length?  None where there are none."""
+    difference = lengths[:, 0] - lengths[:, 1]
+    short = lengths[:, 0] <= np.quantile(lengths[:, 0], SHORT_SHARE)
+    sorts = {
+        "length_matched": np.abs(difference) <= SAME_LENGTH * lengths.max(1),
+        "shorter_chosen": difference < 0,
+        "longer_chosen": difference > 0,
+        "short_good": short & (difference < 0),
+    }
+    return {
+        **{f"{name}_accuracy": accuracy(scores[rows]) if rows.any() else None for name, rows in sorts.items()},
+        **{f"{name}_pairs": int(rows.sum()) for name, rows in sorts.items()},
+    }
+
+
+def probe(
+    score: Callable[[list[list[int]], str], np.ndarray],
+    pairs: Sequence[dict[str, Any]],
+    sft_sequences: list[list[int]],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The card's part about broken and SFT responses, and the scores of each sort of response, for the picture.
+
+    score: (token sequences, description for a progress bar) -> scores [N]; pairs: from `broken_pairs`; sft_sequences:
+    prompt + response of the SFT model, may be empty.
+    """
+    kinds = np.array([pair["kind"] for pair in pairs])
+    unique = {tuple(pair["chosen_ids"]): None for pair in pairs}
+    score_of = dict(zip(unique, score([list(ids) for ids in unique], "good replies"), strict=True))
+    good = np.array([score_of[tuple(pair["chosen_ids"])] for pair in pairs])
+    broken = score([pair["rejected_ids"] for pair in pairs], "broken replies")
+    found = [kind for kind in KINDS if (kinds == kind).any()]
+    card: dict[str, Any] = {
+        "probes": {kind: float((good > broken)[kinds == kind].mean()) for kind in found},
+        "probe_counts": {kind: int((kinds == kind).sum()) for kind in found},
+    }
+    scores = {kind: broken[kinds == kind] for kind in found}
+    scores["good"] = good
+    if sft_sequences:
+        sft = score(sft_sequences, "SFT replies")
+        card |= {"sft_score_mean": float(sft.mean()), "sft_score_std": float(sft.std()), "sft_replies": len(sft)}
+        card["probes_above_sft"] = {kind: float((scores[kind] > np.median(sft)).mean()) for kind in found}
+        scores["SFT"] = sft
+    return card, scores
+
+
+def make_card(
+    evaluation: dict[str, float],
+    scores: np.ndarray,
+    lengths: np.ndarray,
+    train_lengths: np.ndarray,
+    probed: dict[str, Any],
+    exempt: Sequence[str],
+) -> dict[str, Any]:
+    """The card, with its verdict.
+
+    evaluation: the Trainer's metrics of the held-out pairs, eval_loss and those of `pair_measures`; scores, lengths: of the
+    same pairs; train_lengths: of the training pairs, int [M, 2]; probed: from `probe`, and whatever else is to be in the
+    card; exempt: kinds of broken responses that do not decide.
+    """
+    margins = scores[:, 0] - scores[:, 1]
+    card = {
+        "accuracy": evaluation["eval_accuracy"],
+        "accuracy_ci95": [evaluation["eval_accuracy_low"], evaluation["eval_accuracy_high"]],
+        "eval_pairs": len(scores),
+        "length_only_accuracy": length_only_accuracy(train_lengths, lengths),
+        **accuracy_by_length(scores, lengths),
+        "calibration_error": calibration_error(margins),
+        "temperature": fit_temperature(margins),
+        **{name: evaluation[f"eval_{name}"] for name in ("score_mean", "score_std", "length_correlation", "loss")},
+        **probed,
+    }
+    return card | verdict(card, exempt)
 
 
 def verdict(card: dict[str, Any], exempt: Sequence[str] = (), threshold: float = PROBE_THRESHOLD) -> dict[str, Any]:
@@ -129,13 +197,12 @@ def read_card(folder: str) -> dict[str, Any] | None:
     path = os.path.join(folder, CARD_FILE)
     if not os.path.isfile(path):
         return None
+    card = read_json_object(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            card = json.load(file)
         if not all(math.isfinite(card[name]) for name in ("score_mean", "score_std")) or card["score_std"] < 0:
             raise ValueError(f"score_mean {card['score_mean']}, score_std {card['score_std']}")
         in_short(card.get("failed", []))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no reward card ({error!r}); train the reward model again") from error
     return card
 

@@ -36,7 +36,7 @@ from tests.helpers import (
 )
 from utils import batching, ppo
 from utils.adapters import REFERENCE, REWARD, read_adapter, use_adapter
-from utils.data import encode_reply, tokenize_preferences, tokenize_prompts, tokenize_sft
+from utils.data import encode_response, tokenize_preferences, tokenize_prompts, tokenize_sft
 from utils.files import read_jsonl
 from utils.heads import load_value_head, score_job
 
@@ -226,14 +226,14 @@ def test_all_stages_see_the_same_ids(template: str) -> None:
     prompt, reply = "What is the capital of France?", "the capital of France is 很好吃"
     sft = tokenize_sft(Dataset.from_list([{"prompt": prompt, "response": reply}]), template, tokenizer, 200)[0]
     pair = Dataset.from_list([{"prompt": prompt, "chosen": reply, "rejected": "no"}])
-    preferences = tokenize_preferences(pair, template, tokenizer, 200, "drop")[0]
+    preferences = tokenize_preferences(pair, template, tokenizer, 200, "drop").pairs[0]
     query = tokenize_prompts(pair, template, tokenizer, 200)[0]["input_ids"]
-    response = [*encode_reply(reply, tokenizer), EOS]
+    response = [*encode_response(reply, tokenizer), EOS]
 
     assert sft["input_ids"] == preferences["chosen_ids"] == query + response
     assert preferences["query_length"] == len(query)
     assert sft["labels"] == [-100] * len(query) + response  # EOS is learnt, the prompt is not
-    rejected = encode_reply("no", tokenizer)
+    rejected = encode_response("no", tokenizer)
     assert preferences["rejected_ids"] == [*query, *rejected, EOS]
     assert response.count(EOS) == 1
     # the ids say what was meant: the prompt in its template, the reply, EOS
@@ -253,13 +253,13 @@ def test_a_cut_reply_has_no_eos(room: int) -> None:
     row = {"prompt": "你好", "chosen": "the capital of France is Paris", "rejected": "很好吃很可爱"}
     query = tokenize_prompts(Dataset.from_list([row]), "{prompt}=", tokenizer, 200)[0]["input_ids"]
     limit = len(query) + room
-    chosen, rejected = (encode_reply(row[side], tokenizer) for side in ("chosen", "rejected"))
+    chosen, rejected = (encode_response(row[side], tokenizer) for side in ("chosen", "rejected"))
     assert min(len(chosen), len(rejected)) > room
     sft = tokenize_sft(
         Dataset.from_list([{"prompt": "你好", "response": row["chosen"]}]), "{prompt}=", tokenizer, limit
     )
     assert sft[0]["input_ids"] == query + chosen[:room]
-    pair = tokenize_preferences(Dataset.from_list([row]), "{prompt}=", tokenizer, limit, "cut")[0]
+    pair = tokenize_preferences(Dataset.from_list([row]), "{prompt}=", tokenizer, limit, "cut").pairs[0]
     assert pair["chosen_ids"] == query + chosen[:room]
     assert pair["rejected_ids"] == query + rejected[:room]
     # one token more than the reply has is room for EOS, one less is not

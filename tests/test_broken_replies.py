@@ -7,15 +7,16 @@ from rewards.broken_replies import (
     BLANKS,
     KINDS,
     STOCK,
-    GoodReply,
-    ReplyBreaker,
+    GoodResponse,
+    ResponseBreaker,
     broken_pairs,
-    distinct_runs,
+    distinct_share,
     find_broken,
     script_of,
     words_of,
 )
 from tests.conftest import make_tokenizer
+from utils.data import tokenize_preferences
 
 TOKENIZER = make_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -45,61 +46,61 @@ def decoded(ids: list[int]) -> str:
     return TOKENIZER.decode(ids)
 
 
-def good_replies(rows: list[dict[str, str]]) -> list[GoodReply]:
-    return [GoodReply(r["prompt"], r["chosen"], TOKENIZER(r["chosen"])["input_ids"]) for r in rows]
+def good_responses(rows: list[dict[str, str]]) -> list[GoodResponse]:
+    return [GoodResponse(r["prompt"], r["chosen"], TOKENIZER(r["chosen"])["input_ids"]) for r in rows]
 
 
 @pytest.fixture(scope="module")
-def breaker() -> ReplyBreaker:
-    return ReplyBreaker(good_replies(ROWS), TOKENIZER, seed=0)
+def breaker() -> ResponseBreaker:
+    return ResponseBreaker(good_responses(ROWS), TOKENIZER, seed=0)
 
 
-def made(breaker: ReplyBreaker, kind: str) -> list[tuple[GoodReply, str]]:
+def made(breaker: ResponseBreaker, kind: str) -> list[tuple[GoodResponse, str]]:
     """All replies of a kind that the breaker makes, with the good ones they were made from."""
-    pairs = [(good, breaker.break_reply(kind, index)) for index, good in enumerate(breaker.replies)]
+    pairs = [(good, breaker.break_response(kind, index)) for index, good in enumerate(breaker.responses)]
     return [(good, decoded(ids)) for good, ids in pairs if ids is not None]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_made_and_is_never_the_good_reply(breaker: ReplyBreaker, kind: str) -> None:
+def test_every_kind_is_made_and_is_never_the_good_reply(breaker: ResponseBreaker, kind: str) -> None:
     replies = made(breaker, kind)
     assert len(replies) >= 4
     for good, broken in replies:
-        assert broken.strip() != good.reply.strip()
+        assert broken.strip() != good.response.strip()
 
 
-def test_what_each_kind_is(breaker: ReplyBreaker) -> None:
+def test_what_each_kind_is(breaker: ResponseBreaker) -> None:
     assert {broken for _, broken in made(breaker, "empty")} == {""}
     for _, broken in made(breaker, "blank"):
         assert not any(mark.isalnum() for mark in broken)
         assert broken
     for good, broken in made(breaker, "repeated"):
-        joiner = " " if " " in good.reply else ""
-        assert broken in {joiner.join([good.reply] * times) for times in (2, 3)}
+        joiner = " " if " " in good.response else ""
+        assert broken in {joiner.join([good.response] * times) for times in (2, 3)}
     for good, broken in made(breaker, "sentence_loop"):
-        last = good.reply.replace("。", "。|").replace(". ", ".|").strip("|").split("|")[-1]
-        assert broken.startswith(good.reply)
+        last = good.response.replace("。", "。|").replace(". ", ".|").strip("|").split("|")[-1]
+        assert broken.startswith(good.response)
         assert 3 <= broken.count(last) <= 6
     for good, broken in made(breaker, "shuffled"):
-        assert sorted(words_of(broken)) == sorted(words_of(good.reply))
-        assert words_of(broken) != words_of(good.reply)
+        assert sorted(words_of(broken)) == sorted(words_of(good.response))
+        assert words_of(broken) != words_of(good.response)
     for good, broken in made(breaker, "echo"):
         assert broken.replace(" ", "") in {good.prompt.replace(" ", "") * times for times in (1, 2)}
     for good, broken in made(breaker, "stock"):
         assert broken in STOCK["LATIN" if good.prompt.isascii() else "CJK"]
     others = {row["chosen"] for row in ROWS}
     for good, broken in made(breaker, "off_topic"):
-        assert broken in others - {good.reply}
-        assert script_of(broken) == script_of(good.reply)
+        assert broken in others - {good.response}
+        assert script_of(broken) == script_of(good.response)
     for good, broken in made(breaker, "wrong_language"):
         assert broken in others
-        assert {script_of(broken), script_of(good.reply)} == {"LATIN", "CJK"}
+        assert {script_of(broken), script_of(good.response)} == {"LATIN", "CJK"}
 
 
 @pytest.mark.parametrize("percent", [5, 10, 25, 50])
-def test_cut_to_a_share_of_the_tokens(breaker: ReplyBreaker, percent: int) -> None:
-    for index, good in enumerate(breaker.replies):
-        ids = breaker.break_reply(f"cut_{percent}", index)
+def test_cut_to_a_share_of_the_tokens(breaker: ResponseBreaker, percent: int) -> None:
+    for index, good in enumerate(breaker.responses):
+        ids = breaker.break_response(f"cut_{percent}", index)
         wanted = max(1, round(len(good.ids) * percent / 100))
         assert ids == good.ids[: len(ids)]
         assert len(ids) <= wanted
@@ -110,16 +111,16 @@ def test_a_cut_never_ends_where_a_sentence_does() -> None:
     """Half of a reply of two sentences is one whole sentence, which may be a good short reply: it must not be punished."""
     text = "Cats eat fish. Dogs eat meat."
     ids = TOKENIZER(text)["input_ids"]
-    breaker = ReplyBreaker([GoodReply("What?", text, ids)], TOKENIZER, seed=0)
+    breaker = ResponseBreaker([GoodResponse("What?", text, ids)], TOKENIZER, seed=0)
     first_sentence = next(n for n in range(len(ids)) if decoded(ids[:n]) == "Cats eat fish.")
     for percent in (5, 10, 25, 50):
-        assert not decoded(breaker.break_reply(f"cut_{percent}", 0)).endswith(".")
-    assert breaker._cut(breaker.replies[0], first_sentence) == ids[: first_sentence - 1]
+        assert not decoded(breaker.break_response(f"cut_{percent}", 0)).endswith(".")
+    assert breaker._cut(breaker.responses[0], first_sentence) == ids[: first_sentence - 1]
 
 
-def test_token_loop_ends_in_one_token(breaker: ReplyBreaker) -> None:
-    for index, good in enumerate(breaker.replies):
-        ids = breaker.break_reply("token_loop", index)
+def test_token_loop_ends_in_one_token(breaker: ResponseBreaker) -> None:
+    for index, good in enumerate(breaker.responses):
+        ids = breaker.break_response("token_loop", index)
         assert ids[-6:] == [ids[-1]] * 6
         assert ids[-1] in good.ids
 
@@ -128,9 +129,9 @@ def test_token_loop_ends_in_one_token(breaker: ReplyBreaker) -> None:
 def test_a_good_short_reply_is_neither_cut_nor_made_tiny(reply: str) -> None:
     """Three tokens of a reply of four are nearly all of it: taught as broken, they would teach that short is bad."""
     ids = TOKENIZER(reply)["input_ids"][:5]
-    breaker = ReplyBreaker([GoodReply("Is it?", reply, ids)], TOKENIZER, seed=0)
+    breaker = ResponseBreaker([GoodResponse("Is it?", reply, ids)], TOKENIZER, seed=0)
     kinds = ["tiny", "cut_5", "cut_10", "cut_25", "cut_50", "shuffled"]
-    assert [breaker.break_reply(kind, 0) for kind in kinds] == [None] * 6
+    assert [breaker.break_response(kind, 0) for kind in kinds] == [None] * 6
 
 
 def test_a_reply_that_may_answer_this_prompt_too_is_not_off_topic() -> None:
@@ -138,19 +139,19 @@ def test_a_reply_that_may_answer_this_prompt_too_is_not_off_topic() -> None:
         {"prompt": "Do you like tea?", "chosen": "I like tea."},
         {"prompt": "Is tea good?", "chosen": "Tea helps me."},
     ]
-    breaker = ReplyBreaker(good_replies(rows), TOKENIZER, seed=0)
-    assert breaker.break_reply("off_topic", 1) is None  # "I like tea." has as many of its words as its own reply
+    breaker = ResponseBreaker(good_responses(rows), TOKENIZER, seed=0)
+    assert breaker.break_response("off_topic", 1) is None  # "I like tea." has as many of its words as its own reply
 
 
 def test_no_wrong_language_in_data_of_one_language() -> None:
-    breaker = ReplyBreaker(good_replies(ROWS[:3]), TOKENIZER, seed=0)
+    breaker = ResponseBreaker(good_responses(ROWS[:3]), TOKENIZER, seed=0)
     assert made(breaker, "wrong_language") == []
 
 
 def test_the_seed_decides() -> None:
     def everything(seed: int, held_out: bool = False) -> list[list[int] | None]:
-        breaker = ReplyBreaker(good_replies(ROWS), TOKENIZER, seed, held_out)
-        return [breaker.break_reply(kind, index) for kind in KINDS for index in range(len(ROWS))]
+        breaker = ResponseBreaker(good_responses(ROWS), TOKENIZER, seed, held_out)
+        return [breaker.break_response(kind, index) for kind in KINDS for index in range(len(ROWS))]
 
     assert everything(3) == everything(3)
     assert everything(3) != everything(4)
@@ -160,7 +161,7 @@ def test_probes_have_phrases_that_no_training_pair_has() -> None:
     def texts(kind: str, held_out: bool) -> set[str]:
         found = set()
         for seed in range(40):
-            found |= {text for _, text in made(ReplyBreaker(good_replies(ROWS), TOKENIZER, seed, held_out), kind)}
+            found |= {text for _, text in made(ResponseBreaker(good_responses(ROWS), TOKENIZER, seed, held_out), kind)}
         return found
 
     assert texts("stock", False)
@@ -170,16 +171,17 @@ def test_probes_have_phrases_that_no_training_pair_has() -> None:
     } | {" "}
 
 
-def test_an_unknown_kind_is_named(breaker: ReplyBreaker) -> None:
+def test_an_unknown_kind_is_named(breaker: ResponseBreaker) -> None:
     with pytest.raises(ValueError, match="no kind 'upside_down'"):
-        breaker.break_reply("upside_down", 0)
+        breaker.break_response("upside_down", 0)
 
 
 # ---- Pairs ----
 
 
 def pairs_of(counts: dict[str, int], max_length: int = 200, held_out: bool = False) -> list[dict]:
-    return broken_pairs(Dataset.from_list(ROWS), counts, ("{prompt}=", TOKENIZER, max_length), 0, held_out)
+    sources = tokenize_preferences(Dataset.from_list(ROWS), "{prompt}=", TOKENIZER, max_length, "drop").sources
+    return broken_pairs(sources, counts, TOKENIZER, max_length, 0, held_out)
 
 
 def test_pairs_are_prompt_reply_and_eos() -> None:
@@ -194,6 +196,43 @@ def test_pairs_are_prompt_reply_and_eos() -> None:
         assert pair["length"] == max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
         if pair["kind"] == "empty":
             assert pair["rejected_ids"][pair["query_length"] :] == [EOS]
+
+
+def user(text: str | None) -> list[dict[str, str | None]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_what_is_too_empty_to_train_on_is_not_broken_either(held_out: bool) -> None:
+    """A row with a null in the user's turn was counted as empty, and then ended the run: the broken pairs were read again
+    by a rule of their own, and the user saw "TypeError: replace() argument 2 must be str, not None".  A prompt of white
+    space was left out of the training pairs, and yet every kind was made of its replies.
+    """
+    replies = {"chosen": ROWS[0]["chosen"], "rejected": ROWS[0]["rejected"]}
+    blank = [{"prompt": prompt, **replies} for prompt in (user(None), user(""), [], None)]
+    good = {"prompt": user("Is rice cheap?"), **{side: ROWS[1][side] for side in replies}}
+    spaces = [
+        {**row, "prompt": prompt} for row, prompt in ((ROWS[0], " \n"), (ROWS[0], ""), (ROWS[1], "Is rice cheap?"))
+    ]
+    for rows in ([*blank, good], spaces):
+        preferences = tokenize_preferences(Dataset.from_list(rows), "{prompt}=", TOKENIZER, 200, "drop")
+        made = broken_pairs(preferences.sources, dict.fromkeys(KINDS, 2), TOKENIZER, 200, 0, held_out)
+        assert {decoded(pair["chosen_ids"][: pair["query_length"]]) for pair in made} == {"Is rice cheap?="}
+        assert [decoded(ids) for ids in preferences.pairs["chosen_ids"]] == [f"Is rice cheap?={good['chosen']}</s>"]
+
+
+def test_what_no_training_pair_can_be_made_of_may_still_be_broken() -> None:
+    """Equal replies show no preference and are good replies all the same; a rejected one without text cannot be broken, and
+    one that does not fit would be cut twice."""
+    rows = [
+        {**ROWS[0], "rejected": ROWS[0]["chosen"]},
+        {**ROWS[1], "rejected": " "},
+        {**ROWS[2], "rejected": "too long " * 90},
+        ROWS[3],
+    ]
+    preferences = tokenize_preferences(Dataset.from_list(rows), "{prompt}=", TOKENIZER, 200, "cut")
+    assert len(preferences.pairs) == 3  # all but the equal ones
+    assert [source.prompt for source in preferences.sources] == [ROWS[0]["prompt"], ROWS[3]["prompt"]]
 
 
 def test_every_second_training_pair_is_made_from_a_rejected_reply() -> None:
@@ -243,15 +282,17 @@ def test_find_broken(reply: str, kind: str | None) -> None:
     assert find_broken("What is tea?", reply) == kind
 
 
-def test_distinct_runs_by_hand() -> None:
-    assert distinct_runs("a b a b a", 2) == pytest.approx(2 / 4)  # ab ba ab ba
-    assert distinct_runs("我喜我喜", 2) == pytest.approx(2 / 3)  # characters are words: 我喜 喜我 我喜
-    assert distinct_runs("one", 3) == 1.0
+def test_distinct_share_by_hand() -> None:
+    assert distinct_share(["ababa"], 2) == 2 / 4  # ab ba ab ba
+    assert distinct_share([words_of("我喜我喜")], 2) == pytest.approx(2 / 3)  # characters are words: 我喜 喜我 我喜
+    assert distinct_share([[1, 2, 1, 2], [2, 3]], 1) == 3 / 6
+    assert distinct_share([[1, 2, 1, 2], [2, 3]], 2) == 3 / 4  # no run goes from one sequence into the next
+    assert distinct_share([["one"], []], 2) is None
 
 
 @pytest.mark.parametrize("kind", ["empty", "blank", "repeated", "sentence_loop", "echo"])
-def test_what_is_made_is_found(breaker: ReplyBreaker, kind: str) -> None:
+def test_what_is_made_is_found(breaker: ResponseBreaker, kind: str) -> None:
     replies = made(breaker, kind)
     found = [find_broken(good.prompt, broken) for good, broken in replies]
     assert sum(name is not None for name in found) >= len(replies) - 1  # a short reply twice may pass for emphasis
-    assert not any(find_broken(good.prompt, good.reply) for good in breaker.replies)
+    assert not any(find_broken(good.prompt, good.response) for good in breaker.responses)

@@ -10,15 +10,21 @@ import reward_modeling
 import rl_training
 import sft_training
 from tests.conftest import make_tokenizer
-from utils.arguments import DataArguments, LoraArguments, ModelArguments, parse_arguments
+from utils.arguments import DataArguments, LoraArguments, ModelArguments, PlanArguments, parse_arguments
 from utils.data import tokenize_preferences, tokenize_prompts, tokenize_sft
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 FILES = sorted(path for path in FOLDER.rglob("*.yaml") if "accelerate" not in path.parts)
 SCRIPTS = {  # beginning of the file name -> the dataclasses of its script, in the order of its main()
-    "sft": (ModelArguments, DataArguments, LoraArguments, sft_training.SFTArguments),
-    "reward": (ModelArguments, reward_modeling.RewardDataArguments, LoraArguments, reward_modeling.RewardArguments),
-    "ppo": (ModelArguments, DataArguments, rl_training.PPOArguments),
+    "sft": (ModelArguments, DataArguments, LoraArguments, sft_training.SFTArguments, PlanArguments),
+    "reward": (
+        ModelArguments,
+        reward_modeling.RewardDataArguments,
+        LoraArguments,
+        reward_modeling.RewardArguments,
+        PlanArguments,
+    ),
+    "ppo": (ModelArguments, DataArguments, rl_training.PPOArguments, PlanArguments),
 }
 STUDIES = ("baichuan2_7b", "qwen2_5_7b", "stack_llama")
 
@@ -86,7 +92,7 @@ def test_it_begins_with_what_it_is_for_and_how_to_start_it(path):
 @pytest.mark.parametrize("study", STUDIES)
 def test_the_stages_of_a_study_fit_together(study):
     """PPO refuses adapters of another base or template: the files must not lead anybody there."""
-    (sft, sft_data, _, sft_args), (reward, reward_data, _, reward_args), (ppo, ppo_data, ppo_args) = (
+    (sft, sft_data, _, sft_args, _), (reward, reward_data, _, reward_args, _), (ppo, ppo_data, ppo_args, _) = (
         read(FOLDER / f"{stage}_{study}.yaml") for stage in SCRIPTS
     )
     assert sft.model_name_or_path == reward.model_name_or_path == ppo.model_name_or_path
@@ -109,6 +115,6 @@ def test_the_stages_of_a_study_fit_together(study):
 
     yo, no = tokenizer("yo")["input_ids"], tokenizer("no")["input_ids"]
     assert tokenize_sft(row_of(sft_data), *limits)["input_ids"] == [[*query, *yo, 2]]
-    pair = tokenize_preferences(row_of(reward_data), *limits, "drop")[0]
+    pair = tokenize_preferences(row_of(reward_data), *limits, "drop").pairs[0]
     assert (pair["chosen_ids"], pair["rejected_ids"]) == ([*query, *yo, 2], [*query, *no, 2])
     assert tokenize_prompts(row_of(ppo_data), *limits)["input_ids"] == [query]

@@ -119,7 +119,7 @@ def test_sft_columns(tokenizer, row, prompt, replies):
 @pytest.mark.parametrize(("row", "prompt"), named(PREFERENCE_LAYOUTS))
 def test_preference_columns(tokenizer, row, prompt):
     query = ids_of(tokenizer, prompt)
-    pair = tokenize_preferences(one(row), TEMPLATE, tokenizer, 200, "drop")[0]
+    pair = tokenize_preferences(one(row), TEMPLATE, tokenizer, 200, "drop").pairs[0]
     assert pair["chosen_ids"] == [*query, *ids_of(tokenizer, "yo"), EOS]
     assert pair["rejected_ids"] == [*query, *ids_of(tokenizer, "no"), EOS]
     assert pair["query_length"] == len(query)
@@ -263,12 +263,12 @@ def test_overlong_pairs(tokenizer, capsys, long_side):
     )
     whole = len(query) + len(long) + 1
 
-    assert len(tokenize_preferences(rows, TEMPLATE, tokenizer, whole, "drop")) == 2
-    dropped = tokenize_preferences(rows, TEMPLATE, tokenizer, whole - 1, "drop")
+    assert len(tokenize_preferences(rows, TEMPLATE, tokenizer, whole, "drop").pairs) == 2
+    dropped = tokenize_preferences(rows, TEMPLATE, tokenizer, whole - 1, "drop").pairs
     assert dropped["chosen_ids"] == [[*query, *ids_of(tokenizer, "a"), EOS]]
     assert "1 kept, 1 too long" in capsys.readouterr().err
 
-    pair = tokenize_preferences(rows, TEMPLATE, tokenizer, whole - 1, "cut")[0]
+    pair = tokenize_preferences(rows, TEMPLATE, tokenizer, whole - 1, "cut").pairs[0]
     shared = min(len(long), len(short))
     assert pair[f"{long_side}_ids"] == query + long[:shared]
     assert pair[f"{short_side}_ids"] == query + short[:shared]
@@ -284,7 +284,7 @@ def test_useless_pairs_are_dropped_and_counted(tokenizer, capsys):
             {"prompt": "hi", "chosen": "yo", "rejected": None},
         ]
     )
-    pairs = tokenize_preferences(rows, TEMPLATE, tokenizer, 200, "drop")
+    pairs, _ = tokenize_preferences(rows, TEMPLATE, tokenizer, 200, "drop")
     assert pairs["rejected_ids"] == [[*ids_of(tokenizer, "Q: hi\nA:"), EOS]]  # an empty rejected reply teaches a lot
     assert "1 chosen equals rejected, 2 empty, 1 kept" in capsys.readouterr().err
 
@@ -327,7 +327,7 @@ def test_special_tokens_stand_where_the_model_expects_them(template):
     text = "Q: hi\nA:" if template != "chat" else "<|user|>hi</s><|assistant|>"
     query = [1, *ids_of(adding, text)]
     assert tokenize_sft(one(row), template, adding, 200)["input_ids"] == [[*query, *ids_of(adding, "yo"), EOS]]
-    pair = tokenize_preferences(one(row), template, adding, 200, "drop")[0]
+    pair = tokenize_preferences(one(row), template, adding, 200, "drop").pairs[0]
     assert pair["chosen_ids"] == [*query, *ids_of(adding, "yo"), EOS]
     assert tokenize_prompts(one(row), template, adding, 200)["input_ids"] == [query]
 

@@ -476,7 +476,9 @@ CASES = [  # name, script, changes, message (paths and regular expression)
         r"was trained with the prompt template 'Q: {prompt}\\nA: ', not '问：{prompt}\\n\\n答：'; give that",
     ),
     wrong_adapter(
-        "card_half", r"{card_half}/reward_card.json is no reward card .*; train the", "reward_model_lora_path"
+        "card_half",
+        r"{card_half}/reward_card.json is not valid JSON: .*; is the file complete",
+        "reward_model_lora_path",
     ),
     wrong_adapter("card_nan", r"{card_nan}/reward_card.json is no reward card ", "reward_model_lora_path"),
     wrong_adapter("card_words", r"{card_words}/reward_card.json is no reward card ", "reward_model_lora_path"),
@@ -766,7 +768,7 @@ def test_an_output_folder_without_write_access():
 LIMITS = ("Q: {prompt}\nA:", make_tokenizer(), 200)
 TOKENIZE = {
     "sft": lambda rows: tokenize_sft(rows, *LIMITS),
-    "reward": lambda rows: tokenize_preferences(rows, *LIMITS, "drop"),
+    "reward": lambda rows: tokenize_preferences(rows, *LIMITS, "drop").pairs,
     "ppo": lambda rows: tokenize_prompts(rows, *LIMITS),
 }
 PAIR = {"prompt": "a", "chosen": "yo", "rejected": "no"}
@@ -802,6 +804,14 @@ ODD = [  # name, stage, rows, how many are kept, the line that says so
         1,
         "examples: 1 empty, 1 kept$",
     ),
+    (
+        "no text in a turn of a pair",
+        "reward",
+        [{**PAIR, "prompt": [{"role": "user", "content": c}]} for c in ("a", None, "")],
+        1,
+        "pairs: 2 empty, 1 kept$",
+    ),
+    ("blank prompt of a pair", "reward", [{**PAIR, "prompt": p} for p in ("a", " \n", None)], 1, "2 empty, 1 kept$"),
     ("EOS in a prompt", "ppo", [{"prompt": "what is </s>?"}, {"prompt": "b"}], 2, AS_TEXT % "prompts"),
     ("EOS in an example", "sft", [{"prompt": "what is </s>?", "response": "b"}], 1, AS_TEXT % "SFT examples"),
     ("EOS in a pair", "reward", [{**PAIR, "rejected": "no</s>"}], 1, AS_TEXT % "preference pairs"),
@@ -822,7 +832,7 @@ def test_a_reply_that_spells_eos_out_has_one_eos():
     (row,) = tokenize_sft(Dataset.from_list([{"prompt": "</s>?", "response": "yo</s></s>"}]), *LIMITS)
     assert row["input_ids"] == [*query, *reply, tokenizer.eos_token_id]
     assert query.count(tokenizer.eos_token_id) == 1  # in the prompt it stays what the tokenizer makes of it
-    (pair,) = tokenize_preferences(Dataset.from_list([{**PAIR, "chosen": "yo</s>"}]), *LIMITS, "drop")
+    (pair,) = TOKENIZE["reward"](Dataset.from_list([{**PAIR, "chosen": "yo</s>"}]))
     assert pair["chosen_ids"][pair["query_length"] :] == [*reply, tokenizer.eos_token_id]
 
 

@@ -8,8 +8,12 @@ import sys
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
+from transformers import TrainingArguments
 
+from runs import start
 from utils import launch
+from utils.arguments import ModelArguments
+from utils.console import InputError
 
 ARGV = ["rl_training.py", "--config", "ppo.yaml", "--steps", "10"]
 
@@ -130,3 +134,30 @@ def test_relaunch_does_nothing_on_one_gpu(monkeypatch, capsys):
     monkeypatch.setattr(os, "execv", lambda path, argv: pytest.fail("restarted"))
     launch.relaunch_on_all_gpus()
     assert capsys.readouterr().out == ""
+
+
+def test_what_a_stage_does_before_its_data(tmp_path, monkeypatch):
+    """One process a GPU first: what is wrong later is then found in each.  --plan starts none and looks at no folder."""
+    steps = []
+    monkeypatch.setattr(start, "relaunch_on_all_gpus", lambda: steps.append("relaunch"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    args = TrainingArguments(output_dir=str(tmp_path / "full"), use_cpu=True, report_to="none", seed=5)
+    model_args = ModelArguments(model_name_or_path="base", dtype="bfloat16")
+
+    assert start.start_stage("sft", model_args, args, only_plan=True) == (torch.bfloat16, None)
+    assert steps == []
+    with pytest.raises(InputError, match="full is not empty"):
+        start.start_stage("sft", model_args, args, only_plan=False)
+    assert steps == ["relaunch"]
+
+    args.output_dir = str(tmp_path / "new")
+    assert start.start_stage("sft", model_args, args, only_plan=False) == (torch.bfloat16, None)
+    drawn = torch.rand(3)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(5)))
+    args.report_to = ["nothing"]
+    with pytest.raises(InputError, match="--report_to nothing is no tracker"):
+        start.start_stage("sft", model_args, args, only_plan=False)
+    args.report_to, args.resume_from_checkpoint = [], str(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"there is no checkpoint folder .*gone"):
+        start.start_stage("sft", model_args, args, only_plan=False)

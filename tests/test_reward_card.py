@@ -13,13 +13,16 @@ from reporting.plots import card_figure, draw_card
 from rewards.reward_card import (
     CARD_FILE,
     accuracy,
+    accuracy_by_length,
     calibration_error,
     card_table,
     fit_temperature,
     in_short,
     length_correlation,
     length_only_accuracy,
+    make_card,
     pair_measures,
+    probe,
     read_card,
     verdict,
 )
@@ -80,23 +83,64 @@ def test_length_correlation_against_torch() -> None:
     assert length_correlation(scores, np.full((20, 2), 7)) == 0.0
 
 
+SCORES = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [3.0, 0.0]])
+LENGTHS = np.array([[10, 10], [5, 20], [20, 10], [19, 20]])  # matched; shorter, short; longer; matched and shorter
+
+
 def test_pair_measures_by_hand() -> None:
-    """Lengths chosen/rejected: 10/10 (matched), 5/20 (shorter, short), 20/10 (longer), 19/20 (matched, shorter)."""
-    scores = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [3.0, 0.0]])
-    lengths = np.array([[10, 10], [5, 20], [20, 10], [19, 20]])
-    measures = pair_measures(scores, lengths, train_lengths=lengths)
+    measures = pair_measures(SCORES, LENGTHS)
     assert measures["accuracy"] == 0.75
+    for end in (
+        measures["accuracy_low"],
+        measures["accuracy_high"],
+    ):  # a share that is just 1.96 deviations from 3 of 4
+        assert abs(0.75 - end) == pytest.approx(1.959964 * (end * (1 - end) / 4) ** 0.5)
+    assert measures["accuracy_low"] < 0.75 < measures["accuracy_high"]
+    assert measures["margin"] == (1 - 1 + 2 + 3) / 4
+    assert measures["score_mean"] == pytest.approx(7 / 8)
+    assert measures["score_std"] == pytest.approx((15 / 8 - (7 / 8) ** 2) ** 0.5)  # of 1 0 0 1 2 0 3 0
+
+
+def test_accuracy_by_length_by_hand() -> None:
+    measures = accuracy_by_length(SCORES, LENGTHS)
     assert (measures["length_matched_accuracy"], measures["length_matched_pairs"]) == (1.0, 2)
     assert (measures["shorter_chosen_accuracy"], measures["shorter_chosen_pairs"]) == (0.5, 2)
     assert (measures["longer_chosen_accuracy"], measures["longer_chosen_pairs"]) == (1.0, 1)
     assert (measures["short_good_accuracy"], measures["short_good_pairs"]) == (0.0, 1)
-    assert measures["score_mean"] == pytest.approx(7 / 8)
 
 
 def test_measures_of_sorts_that_are_not_there() -> None:
-    measures = pair_measures(np.array([[1.0, 0.0]]), np.array([[9, 3]]), np.array([[9, 3]]))
+    measures = accuracy_by_length(np.array([[1.0, 0.0]]), np.array([[9, 3]]))
     assert measures["shorter_chosen_accuracy"] is None
     assert measures["shorter_chosen_pairs"] == 0
+
+
+def test_probes_by_hand() -> None:
+    """The score is the sum of the ids.  Good ones score 10 and 4: 10 beats blank 7, 4 does not; both beat the empty one."""
+    asked = []
+
+    def score(sequences: list[list[int]], description: str) -> np.ndarray:
+        asked.append((description, sequences))
+        return np.array([float(sum(ids)) for ids in sequences])
+
+    pairs = [
+        {"kind": kind, "chosen_ids": chosen, "rejected_ids": rejected}
+        for kind, rejected in (("blank", [7]), ("empty", [1]))
+        for chosen in ([4, 6], [1, 3])
+    ]
+    card, scores = probe(score, pairs, [[2], [6], [8]])
+    assert card["probes"] == {"empty": 1.0, "blank": 0.5}
+    assert card["probe_counts"] == {"empty": 2, "blank": 2}
+    assert card["probes_above_sft"] == {"empty": 0.0, "blank": 1.0}  # the median of 2, 6 and 8
+    assert (card["sft_score_mean"], card["sft_replies"]) == (pytest.approx(16 / 3), 3)
+    assert {name: values.tolist() for name, values in scores.items()} == {
+        "blank": [7.0, 7.0],
+        "empty": [1.0, 1.0],
+        "good": [10.0, 4.0, 10.0, 4.0],
+        "SFT": [2.0, 6.0, 8.0],
+    }
+    assert asked[0] == ("good replies", [[4, 6], [1, 3]])  # each good one once
+    assert "sft_score_mean" not in probe(score, pairs, [])[0]
 
 
 # ---- Verdict ----
@@ -129,11 +173,18 @@ def test_accuracy_that_may_be_chance_fails() -> None:
 
 def whole_card() -> dict:
     generator = np.random.default_rng(0)
-    lengths = generator.integers(1, 30, (12, 2))
-    card = pair_measures(generator.normal(size=(12, 2)), lengths, lengths)
-    card |= {"accuracy_ci95": [0.7, 0.9], "accuracy": 0.8, "probes": {"empty": 1.0, "cut_50": 0.9, "off_topic": 0.5}}
-    card["probe_counts"] = dict.fromkeys(card["probes"], 10)
-    return card | verdict(card, exempt=("off_topic",))
+    scores, lengths = generator.normal(size=(12, 2)), generator.integers(1, 30, (12, 2))
+    evaluation = {f"eval_{name}": value for name, value in pair_measures(scores, lengths).items()}
+    evaluation |= {"eval_accuracy": 0.8, "eval_accuracy_low": 0.7, "eval_accuracy_high": 0.9, "eval_loss": 0.5}
+    probed = {"probes": {"empty": 1.0, "cut_50": 0.9, "off_topic": 0.5}}
+    probed["probe_counts"] = dict.fromkeys(probed["probes"], 10)
+    return make_card(evaluation, scores, lengths, lengths, probed, exempt=("off_topic",))
+
+
+def test_a_card_takes_from_the_evaluation_what_that_has_measured() -> None:
+    card = whole_card()
+    assert (card["accuracy"], card["accuracy_ci95"], card["loss"]) == (0.8, [0.7, 0.9], 0.5)
+    assert (card["passed"], card["failed"]) == (False, ["probe cut_50 0.900 (wanted 0.95)"])
 
 
 def test_the_table_shows_what_failed() -> None:
@@ -161,8 +212,16 @@ def test_written_and_read(tmp_path: Path) -> None:
     assert read_card(str(tmp_path / "elsewhere")) is None
 
 
-@pytest.mark.parametrize("content", ["{", '{"score_mean": 1}', '{"score_mean": 1, "score_std": "x"}', "[]"])
-def test_a_file_that_is_no_card(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "holds a list, not an object"),
+        ('{"score_mean": 1}', "is no reward card"),
+        ('{"score_mean": 1, "score_std": "x"}', "is no reward card"),
+    ],
+)
+def test_a_file_that_is_no_card(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "reward_card.json").write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match="is no reward card"):
+    with pytest.raises(InputError, match=message):
         read_card(str(tmp_path))

@@ -19,7 +19,7 @@ from tests.helpers import load_plain, make_stages, run_main, save_lively_base, s
 from utils.adapters import POLICY, attach_adapter, read_adapter
 from utils.batching import pad_right
 from utils.console import InputError
-from utils.data import tokenize_preferences
+from utils.data import Preferences, tokenize_preferences
 from utils.heads import add_score_head, enable_jobs, score_job
 
 WORDS = ["tea", "coffee", "soup", "bread", "rice", "cats", "dogs", "fish", "trees", "cars", "books", "songs"]
@@ -107,14 +107,13 @@ def test_the_length_penalty_changes_what_is_learnt(train) -> None:
 # ---- Data ----
 
 
-def tokenized(rows: list[dict]) -> Dataset:
+def tokenized(rows: list[dict]) -> Preferences:
     return tokenize_preferences(Dataset.from_list(rows), "{prompt}=", make_tokenizer(), 160, "drop")
 
 
 def with_broken(ratio: float, kinds: str = "all") -> Dataset:
-    data = RewardDataArguments(degenerate_ratio=ratio, degenerate_kinds=kinds)
-    limits = ("{prompt}=", make_tokenizer(), 160)
-    return add_broken_pairs(tokenized(PAIRS), Dataset.from_list(PAIRS), data, limits, seed=0)
+    data = RewardDataArguments(degenerate_ratio=ratio, degenerate_kinds=kinds, max_length=160)
+    return add_broken_pairs(tokenized(PAIRS), data, make_tokenizer(), seed=0)
 
 
 def test_broken_pairs_are_the_wanted_share_of_all() -> None:
@@ -145,8 +144,8 @@ def test_an_unknown_kind_is_an_error() -> None:
 
 def test_margins_come_from_the_data() -> None:
     rows = [{**PAIRS[0], "margin": 1.5}, {**PAIRS[1], "margin": None}]
-    assert tokenized(rows)["margin"] == [1.5, 0.0]
-    assert tokenized(PAIRS[:1])["margin"] == [0.0]
+    assert tokenized(rows).pairs["margin"] == [1.5, 0.0]
+    assert tokenized(PAIRS[:1]).pairs["margin"] == [0.0]
 
 
 # ---- Training ----

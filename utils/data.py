@@ -6,13 +6,12 @@ at the seam, and the query of a PPO rollout is exactly the query that SFT was tr
 """
 
 import codecs
-import hashlib
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, LargeList, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.arguments import DataArguments
 from utils.console import InputError, is_main_process, one_line, say
+from utils.hashing import in_share
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
 Prompt = str | list[Message]  # a plain question, or the turns of a dialogue that ends with the user's
@@ -136,7 +136,8 @@ def train_and_eval_rows(data: DataArguments, default: str) -> tuple[Dataset, Dat
     if data.eval_fraction == 0:
         return rows, None
     prompt_of = prompt_reader(rows)
-    held_out = [_held_out(str(prompt_of(row)), data.eval_fraction) for row in rows]
+    # by the text alone: a prompt is on the same side in every run and every stage
+    held_out = [in_share(str(prompt_of(row)), data.eval_fraction) for row in rows]
     train = rows.select([i for i, out in enumerate(held_out) if not out])
     evaluation = rows.select([i for i, out in enumerate(held_out) if out])
     if len(train) == 0 or len(evaluation) == 0:
@@ -145,12 +146,6 @@ def train_and_eval_rows(data: DataArguments, default: str) -> tuple[Dataset, Dat
             f"{len(evaluation)} for evaluation; change the share or give --eval_dataset"
         )
     return train, evaluation
-
-
-def _held_out(prompt: str, fraction: float) -> bool:
-    """Whether this prompt belongs to the held-out share: decided by its text alone, in every run and every stage."""
-    digest = hashlib.sha256(prompt.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +172,7 @@ def sft_reader(rows: Dataset) -> Callable[[Row], list[tuple[Prompt, str]]]:
     for prompt, response in SFT_COLUMNS:
         if {prompt, response} <= set(columns):
             _check_kind(rows, [prompt, response], TEXT, TURNS)
-            return lambda row: [(_dialogue(row[prompt]), _last_reply(row[response]))]
+            return lambda row: [(_dialogue(row[prompt]), _last_response(row[response]))]
     if {"chosen", "response_j"} & set(columns):  # SFT on the preferred replies
         pair = preference_reader(rows)
         return lambda row: [pair(row)[:2]]
@@ -196,8 +191,8 @@ def preference_reader(rows: Dataset) -> Callable[[Row], tuple[Prompt, str, str]]
             _check_kind(rows, [prompt, chosen, rejected], TEXT, TURNS)
             return lambda row: (
                 _dialogue(row[prompt]),
-                _last_reply(row[chosen]),
-                _last_reply(row[rejected]),
+                _last_response(row[chosen]),
+                _last_response(row[rejected]),
             )
     if {"chosen", "rejected"} <= set(columns):
         _check_dialogues(rows)
@@ -213,7 +208,7 @@ def prompt_reader(rows: Dataset) -> Callable[[Row], Prompt]:
             continue
         if column == "messages":
             _check_kind(rows, [column], TURNS)
-            return lambda row: _without_reply(row["messages"])
+            return lambda row: _without_response(row["messages"])
         if column == "instruction":
             _check_kind(rows, ["instruction", *{"input"} & set(columns)], TEXT)
             return _instruction
@@ -280,14 +275,14 @@ def _split_messages(messages: list[Message]) -> tuple[Prompt, str]:
     return messages[:-1], messages[-1]["content"]
 
 
-def _without_reply(messages: list[Message]) -> Prompt:
+def _without_response(messages: list[Message]) -> Prompt:
     return messages[:-1] if messages and messages[-1] and messages[-1]["role"] == "assistant" else messages
 
 
-def _last_reply(reply: str | list[Message] | None) -> str | None:
-    if not isinstance(reply, list):
-        return reply
-    return reply[-1]["content"] if reply and reply[-1] else None
+def _last_response(response: str | list[Message] | None) -> str | None:
+    if not isinstance(response, list):
+        return response
+    return response[-1]["content"] if response and response[-1] else None
 
 
 def _split_pair(row: Row) -> tuple[Prompt, str, str]:
@@ -365,25 +360,28 @@ def encode_prompt(prompt: Prompt, template: str, tokenizer: PreTrainedTokenizerB
     return ids
 
 
-def encode_reply(reply: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the reply alone, without EOS, also where the text itself ends with it."""
-    ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
+def encode_response(response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the response alone, without EOS even where the text itself ends with it."""
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     return ids
 
 
-def is_blank(prompt: Prompt | None) -> bool:
-    """Whether there is nothing to answer: no text, or turns of which one has no role or no text."""
-    if isinstance(prompt, str):
-        return not prompt.strip()
-    return not prompt or not all(turn and turn["role"] and turn["content"] for turn in prompt)
+def is_blank(text: Prompt | None) -> bool:
+    """Whether a prompt or a response is empty: no text but white space, or turns of which one has no role or no text.
+
+    The one rule for all stages: what is blank is neither trained on, nor broken, nor asked.
+    """
+    if isinstance(text, str):
+        return not text.strip()
+    return not text or not all(turn and turn["role"] and turn["content"] for turn in text)
 
 
-def holds_eos(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *replies: str) -> bool:
+def holds_eos(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *responses: str) -> bool:
     """Whether a text of the data spells EOS out, which the tokenizer reads as the token."""
     texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-    return any(tokenizer.eos_token in text for text in [*texts, *replies])
+    return any(tokenizer.eos_token in text for text in [*texts, *responses])
 
 
 def tokenize_sft(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -396,72 +394,102 @@ def tokenize_sft(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBas
 
     def encode(row: Row) -> list[Row]:
         examples = []
-        for prompt, reply in read(row):
-            if is_blank(prompt) or not reply or not reply.strip():
+        for prompt, response in read(row):
+            if is_blank(prompt) or is_blank(response):
                 examples.append({"status": "empty"})
                 continue
             query = encode_prompt(prompt, template, tokenizer)
-            response = [*encode_reply(reply, tokenizer), tokenizer.eos_token_id]
+            ids = [*encode_response(response, tokenizer), tokenizer.eos_token_id]
             room = max_length - len(query)
             if room < 1:
                 examples.append({"status": "prompt too long"})
                 continue
-            labels = [-100] * len(query) + response[:room]
-            status = "kept" if len(response) <= room else "cut"
-            eos = holds_eos(tokenizer, prompt, reply)
-            ids = {"input_ids": query + response[:room], "labels": labels}
-            examples.append({"status": status, "holds_eos": eos, **ids})
+            status = "kept" if len(ids) <= room else "cut"
+            eos = holds_eos(tokenizer, prompt, response)
+            columns = {"input_ids": query + ids[:room], "labels": [-100] * len(query) + ids[:room]}
+            examples.append({"status": status, "holds_eos": eos, **columns})
         return examples
 
     return _map_and_count(rows, encode, ("kept", "cut"), ("input_ids", "labels"), "SFT examples", tokenizer)
 
 
+class Source(NamedTuple):
+    """A preference row that broken responses can be made from: both responses hold text and fit whole."""
+
+    prompt: str  # the last turn, without the template
+    query: list[int]
+    chosen: str
+    chosen_ids: list[int]  # of the response alone, without EOS
+    rejected: str
+    rejected_ids: list[int]
+
+
+class Preferences(NamedTuple):
+    """Preference rows, read and tokenized once for everything that stage 2 makes of them."""
+
+    pairs: Dataset  # columns chosen_ids, rejected_ids (query + response + EOS), query_length, length, margin and kind
+    sources: list[Source]
+
+
 def tokenize_preferences(
     rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_length: int, overlong: str
-) -> Dataset:
-    """Columns chosen_ids, rejected_ids (prompt + reply + EOS), query_length, length, margin and kind of every usable pair.
+) -> Preferences:
+    """Every usable pair of the rows, and the rows that broken responses can be made from.
 
-    margin: how much better the chosen reply is, from a column of that name, else 0.  kind: "", see
+    margin: how much better the chosen response is, from a column of that name, else 0.  kind: "" for pairs of people, see
     rewards/broken_replies.py.
 
-    A pair in which either side is longer than `max_length` is dropped, or with overlong="cut" both of its replies are
-    cut to the same number of tokens and lose their EOS: a reply that was cut must not pass for a short or an unfinished
-    one beside a whole one.  Pairs that are equal or have no chosen reply are dropped.  All of it is counted and printed.
-    Raises InputError when nothing is left.
+    A pair in which either side is longer than `max_length` is dropped, or with overlong="cut" both of its responses are cut
+    to the same number of tokens and lose their EOS: a cut response must not pass for a short or an unfinished one beside a
+    whole one.  Pairs that are equal or have no chosen response are dropped.  All of it is counted and printed.
+    Raises InputError when no pair is left.
     """
     read = preference_reader(rows)
     if "margin" in rows.column_names:
         _check_kind(rows, ["margin"], NUMBERS)
+    sources = []
 
     def encode(row: Row) -> list[Row]:
         prompt, chosen, rejected = read(row)
-        if is_blank(prompt) or not chosen or not chosen.strip() or rejected is None:
+        if is_blank(prompt) or is_blank(chosen) or rejected is None:
             return [{"status": "empty"}]
+        query = encode_prompt(prompt, template, tokenizer)
+        responses = [encode_response(text, tokenizer) for text in (chosen, rejected)]
+        room = max_length - len(query)
+        fits = max(map(len, responses)) < room  # EOS comes behind
+        if fits and not is_blank(rejected):
+            asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            sources.append(Source(asked, query, chosen, responses[0], rejected, responses[1]))
         margin = float(row.get("margin") or 0.0)
         if not math.isfinite(margin):
             return [{"status": "margin is no number"}]
         if chosen == rejected:
             return [{"status": "chosen equals rejected"}]
-        query = encode_prompt(prompt, template, tokenizer)
-        replies = [[*encode_reply(reply, tokenizer), tokenizer.eos_token_id] for reply in (chosen, rejected)]
-        room = max_length - len(query)
-        status = "kept"
-        if max(map(len, replies)) > room:
-            shared = min(room, *(len(reply) - 1 for reply in replies))
+        if fits:
+            responses = [[*ids, tokenizer.eos_token_id] for ids in responses]
+        else:
+            shared = min(room, *map(len, responses))
             if overlong == "drop" or shared < 1:
                 return [{"status": "too long"}]
-            replies = [reply[:shared] for reply in replies]
-            if replies[0] == replies[1]:
+            responses = [ids[:shared] for ids in responses]
+            if responses[0] == responses[1]:
                 return [{"status": "too long"}]
-            status = "cut"
-        ids = {name: query + reply for name, reply in zip(("chosen_ids", "rejected_ids"), replies, strict=True)}
-        length = len(query) + max(map(len, replies))  # for --train_sampling_strategy group_by_length
-        extra = {"length": length, "margin": margin, "kind": ""}
-        eos = holds_eos(tokenizer, prompt, chosen, rejected)
-        return [{"status": status, "holds_eos": eos, "query_length": len(query), **extra, **ids}]
+        length = len(query) + max(map(len, responses))  # for --train_sampling_strategy group_by_length
+        return [
+            {
+                "status": "kept" if fits else "cut",
+                "holds_eos": holds_eos(tokenizer, prompt, chosen, rejected),
+                "chosen_ids": query + responses[0],
+                "rejected_ids": query + responses[1],
+                "query_length": len(query),
+                "length": length,
+                "margin": margin,
+                "kind": "",
+            }
+        ]
 
     columns = ("chosen_ids", "rejected_ids", "query_length", "length", "margin", "kind")
-    return _map_and_count(rows, encode, ("kept", "cut"), columns, "preference pairs", tokenizer)
+    return Preferences(_map_and_count(rows, encode, ("kept", "cut"), columns, "preference pairs", tokenizer), sources)
 
 
 def tokenize_prompts(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_query: int) -> Dataset:

@@ -63,8 +63,9 @@ def launch_command(argv: list[str], environ: Mapping[str, str], gpu_count: int) 
 def relaunch_on_all_gpus() -> None:
     """Replace this process by a launcher with one process a GPU, or return where there is nothing to do.
 
-    Call it first thing under `if __name__ == "__main__":` and not inside main(): a test that imports the script and
-    calls main() must not be replaced.
+    main() of a script calls it as soon as the arguments are parsed: so one process, not one a GPU, says what is wrong with
+    them, and --help and --plan start no others.  A program that imports a script and calls its main() would be replaced
+    too: it has to hide the GPUs (CUDA_VISIBLE_DEVICES="") or say --use_cpu.
     """
     import torch
 

@@ -1,0 +1,31 @@
+"""What the three training scripts do alike between their arguments and their data."""
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from reporting.trackers import check_trackers
+from runs.checkpoints import resume_path
+from utils.arguments import ModelArguments, check_output_dir, choose_precision
+from utils.launch import relaunch_on_all_gpus
+
+
+def start_stage(
+    stage: str, model_args: ModelArguments, training_args: TrainingArguments, only_plan: bool
+) -> tuple[torch.dtype, str | None]:
+    """Check what can be checked before anything is read, and seed.
+
+    stage: "sft", "reward" or "ppo".  Returns the type of the base weights, and the checkpoint to go on from or None.  With
+    several visible GPUs it does not return but starts the script again, see utils/launch.py.  only_plan: for --plan, which
+    needs one process, and no folder, tracker or checkpoint.
+
+    Raises InputError for an output folder, a tracker or a checkpoint that cannot be used.
+    """
+    checkpoint = None
+    if not only_plan:
+        relaunch_on_all_gpus()
+        check_output_dir(training_args)
+        check_trackers(training_args)
+        checkpoint = resume_path(training_args, stage)
+    dtype = choose_precision(model_args, training_args)
+    set_seed(training_args.seed)
+    return dtype, checkpoint
