@@ -7,10 +7,10 @@ The loss is -log sigmoid(chosen - rejected) (Bradley-Terry; Ouyang et al. 2022, 
 scores around 0 (Eisenstein et al. 2023, eq. 2).  The score is read at the last real token, found by the attention mask;
 that token is EOS unless the pair was cut.
 
-People's pairs hold no empty, cut or looping replies, so a model of them alone may think well of those, and PPO finds out.
-So a share of the training pairs (--degenerate_ratio) has a broken reply in the rejected place (rewards/broken_replies.py),
-and the finished model is probed with broken replies to held-out prompts.  What comes out is reward_card.json: stage 3
-takes the mean and the standard deviation of the scores from it, and refuses a model that did not pass.
+People's pairs hold no empty, cut or looping replies, so a model trained on them alone may score those high, and PPO would
+exploit it.  Therefore a share of the training pairs (--degenerate_ratio) has a broken reply as the rejected one
+(rewards/broken_replies.py), and the finished model is probed with broken replies to held-out prompts.  The results are in
+reward_card.json: stage 3 takes the mean and the standard deviation of the scores from it, and refuses a model that failed.
 """
 
 import math
@@ -79,14 +79,15 @@ class RewardDataArguments(DataArguments):
     )
     degenerate_ratio: float = field(
         default=0.25,
-        metadata={"help": "Share of the training pairs with a broken reply in the rejected place; 0: none."},
+        metadata={"help": "Share of the training pairs whose rejected reply is a broken one; 0: none."},
     )
     degenerate_kinds: str = field(
         default="all",
-        metadata={"help": f"Kinds of broken replies to train on: all, or of {', '.join(KINDS)}, by comma."},
+        metadata={"help": f"Broken replies to train on: all, or kinds joined by commas out of {', '.join(KINDS)}."},
     )
     exempt_probes: str = field(
-        default="", metadata={"help": "Kinds, by comma, that are probed but do not decide whether the model passes."}
+        default="",
+        metadata={"help": "Kinds, joined by commas, that are probed but do not decide whether the model passes."},
     )
     probe_prompts: int = field(
         default=200,
@@ -126,7 +127,9 @@ class RewardArguments(ResumableArguments, TrainingArguments):
 
     output_dir: str | None = field(default="output/reward", metadata={"help": "Folder for everything that is written."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "More than one pass soon overfits a reward model."})
+    num_train_epochs: float = field(
+        default=1.0, metadata={"help": "Passes over the data; more than one soon overfits."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of metrics.jsonl."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
     eval_steps: float | None = field(default=200, metadata={"help": "Steps between two evaluations."})
@@ -139,10 +142,12 @@ class RewardArguments(ResumableArguments, TrainingArguments):
     )
     ensemble_size: int = field(
         default=1,
-        metadata={"help": "Adapters with a head each; a score is their mean minus a penalty for disagreement."},
+        metadata={
+            "help": "Number of adapters, each with a head; a score is their mean minus a penalty for disagreement."
+        },
     )
     ensemble_penalty: float = field(
-        default=1.0, metadata={"help": "That penalty, in standard deviations over the ensemble."}
+        default=1.0, metadata={"help": "Penalty for disagreement, in standard deviations over the ensemble."}
     )
 
     def __post_init__(self) -> None:
@@ -303,7 +308,7 @@ def check_saved_adapter(model: PeftModel, folder: str, batch: dict[str, Tensor],
 
 
 def check_saved_tensors(whole: dict[str, Tensor], folder: str, members: list[str]) -> float:
-    """As `check_saved_adapter` for a model that is spread over processes, where one alone cannot score: compares tensors.
+    """As `check_saved_adapter`, for a model that is spread over processes: one alone cannot score, so compare tensors.
 
     whole: the adapters' parameters by name, see utils/sharding.py.
     """

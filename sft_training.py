@@ -4,8 +4,8 @@
     accelerate launch --num_processes 3 sft_training.py --config configs/sft_baichuan2_7b.yaml
 
 Prompt and reply are tokenized apart (utils/data.py), the loss is on the reply alone, and the reply ends with EOS unless
-it was cut.  The training loop is TRL's SFTTrainer, which gets rows of similar length together.  Writes
-adapter_config.json, adapter_model.safetensors, the tokenizer, run.json and metrics.jsonl to --output_dir.
+it was cut.  TRL's SFTTrainer trains; rows of similar length go through the model together.  Writes adapter_config.json,
+adapter_model.safetensors, the tokenizer, run.json and metrics.jsonl to --output_dir.
 """
 
 from collections.abc import Iterator

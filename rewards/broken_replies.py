@@ -1,9 +1,9 @@
 """Broken replies: made from ordinary data to train and probe a reward model, and found again among a policy's replies.
 
-A reward model sees whole replies only, so nothing tells it what an empty, cut or looping one is worth, and PPO goes and
-finds out.  Each kind below turns a good reply into one that nobody wants, in any language and with no label but "worse
-than the reply it was made from".  Where a good reply is so short that the broken one could pass for a good short one
-(a cut at the end of its only sentence, three tokens out of four), there is none: short by itself is no fault.
+People's data hold whole replies only, so a reward model does not learn that an empty, cut or looping one is bad, and PPO
+exploits that.  Each kind below turns a good reply into one that nobody wants, in any language, and says no more than that
+it is worse than the reply it was made from.  Where a good reply is so short that the broken one could pass for a good short
+one (a cut at the end of its only sentence, three tokens out of four), none is made: a reply is not bad for being short.
 
 Sources for the kinds: arXiv:2409.13156 (another prompt's reply), arXiv:2507.08794 (openers and punctuation that fool
 judges, cured with truncated replies), and the failures that people report from PPO: empty, tiny and looping replies.

@@ -31,7 +31,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 
 def accuracy(scores: np.ndarray) -> float:
-    """Share of pairs whose chosen reply scores higher; a tie counts as half.  scores: [N, 2]."""
+    """Share of pairs whose chosen response scores higher; a tie counts as half.  scores: [N, 2]."""
     margin = scores[:, 0] - scores[:, 1]
     return float((margin > 0).mean() + 0.5 * (margin == 0).mean())
 
@@ -70,7 +70,7 @@ def fit_temperature(margins: np.ndarray) -> float:
 
 
 def length_only_accuracy(train_lengths: np.ndarray, lengths: np.ndarray) -> float:
-    """Accuracy of a model that only counts: the side (shorter or longer) that wins more training pairs always wins."""
+    """Accuracy of only counting tokens: the side (shorter or longer) that wins most training pairs always wins."""
     difference = train_lengths[:, 0] - train_lengths[:, 1]
     return accuracy(lengths if (difference > 0).sum() >= (difference < 0).sum() else -lengths)
 
@@ -173,7 +173,8 @@ def make_card(
 def verdict(card: dict[str, Any], exempt: Sequence[str] = (), threshold: float = PROBE_THRESHOLD) -> dict[str, Any]:
     """`passed`, `threshold`, `exempt`, and `failed`: what is below the threshold, in words.
 
-    A model passes when its accuracy is surely above chance and every probe, but for the exempt ones, is at the threshold.
+    A model passes when the whole interval of its accuracy is above chance and every probe that is not exempt reaches the
+    threshold.
     """
     failed = []
     low, high = card["accuracy_ci95"]

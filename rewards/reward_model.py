@@ -44,7 +44,7 @@ def member_scores(
 ) -> Iterator[Tensor]:
     """Score of each row by each reward adapter, float32 [B] a member.  model: a PeftModel, or one wrapped for DDP.
 
-    inputs: input_ids and attention_mask [B, L], padded on the right.  With `part_rows` the rows go through the model so many
+    inputs: input_ids and attention_mask [B, L], padded on the right.  With `part_rows`, that many rows go through the model
     at a time, the shortest first, without the padding that only the longest ones need: the scores are the same.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]

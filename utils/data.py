@@ -249,7 +249,7 @@ def _check_dialogues(rows: Dataset) -> None:
 
 
 def _check_kind(rows: Dataset, columns: Sequence[str], *wanted: str) -> None:
-    """Raise InputError when a column holds something else than every stage expects there: a .csv makes 42 a number."""
+    """Raise InputError when a column holds none of the `wanted` kinds: in a .csv the answer 42 is a number, not a text."""
     for column in columns:
         kind = rows.features[column]
         if not any(KINDS_OF_COLUMNS[name](kind) for name in wanted):
@@ -387,8 +387,8 @@ def holds_eos(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *responses: st
 def tokenize_sft(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Columns input_ids and labels (-100 on the prompt) of every example with room for at least one reply token.
 
-    An example longer than `max_length` is cut in the reply, and then has no EOS: the model is not to learn that replies
-    end in the middle.  What was cut and dropped is printed.  Raises InputError when nothing is left.
+    An example longer than `max_length` is cut in the reply, and then has no EOS: the model must not learn that replies end
+    in the middle.  How many were cut and dropped is printed.  Raises InputError when nothing is left.
     """
     read = sft_reader(rows)
 
@@ -523,7 +523,7 @@ def _map_and_count(
 ) -> Dataset:
     """Run `encode` over the rows, keep the examples whose status is in `keep`, and print how many went where.
 
-    Warns of what is no mistake for sure: examples that are there twice, and EOS spelled out in a text.
+    Warns of what may be a mistake: examples that are there twice, and EOS spelled out in a text.
     """
     counts: Counter[str] = Counter()
     kept, seen, with_eos = [], set(), 0
