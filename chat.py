@@ -13,21 +13,11 @@ from typing import NamedTuple
 
 from transformers import TextStreamer
 
-from inference.side_by_side import (
-    AnswerArguments,
-    Talkers,
-    answer_samplings,
-    check_lineup,
-    choose_device,
-    load_side_by_side,
-    longest_query,
-    read_lineup,
-)
+from inference.side_by_side import ChatModels, InferenceArguments, load_models, prompt_seed
 from inference.web_chat import check_gradio, serve
 from utils.arguments import parse_arguments
-from utils.base_model import load_base, load_tokenizer
 from utils.console import InputError, printable, run_script, say
-from utils.data import Message, check_template
+from utils.data import Message
 
 with contextlib.suppress(ImportError):  # not every Python has it
     import readline  # noqa: F401  arrow keys and history in input()
@@ -42,11 +32,11 @@ Anything else is said to the model."""
 
 
 @dataclass
-class ChatArguments(AnswerArguments):
-    """Where the talking is done."""
+class ChatArguments(InferenceArguments):
+    """Terminal or page."""
 
     web: bool = field(
-        default=False, metadata={"help": "A page at 127.0.0.1, with all models side by side, in place of the terminal."}
+        default=False, metadata={"help": "A page at 127.0.0.1, with all models side by side, instead of the terminal."}
     )
     port: int = field(default=7860, metadata={"help": "Port of that page."})
 
@@ -56,16 +46,16 @@ class ChatArguments(AnswerArguments):
             raise InputError(f"--port is {self.port}; give a number from 1 to 65535")
 
 
-class Answer(NamedTuple):
-    """A reply with what it answers."""
+class LastResponse(NamedTuple):
+    """A response with what it responds to."""
 
     name: str  # of the model
     query: list[int]
-    reply: list[int]
+    ids: list[int]
 
 
 class TerminalStreamer(TextStreamer):
-    """Prints a reply while it is sampled."""
+    """Prints a response while it is sampled."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         print(printable(text), end="\n" if stream_end else "", flush=True)
@@ -73,62 +63,63 @@ class TerminalStreamer(TextStreamer):
 
 @dataclass
 class Session:
-    """A running chat: the models, who answers, and what was said."""
+    """A running chat: the models, which of them is the current one, and what was said."""
 
-    talkers: Talkers
+    models: ChatModels
     current: str
-    turns: list[Message] = field(default_factory=list)  # the dialogue so far; ends with a reply
-    before: list[Message] = field(default_factory=list)  # the dialogue in front of the last question
+    turns: list[Message] = field(default_factory=list)  # the dialogue so far; ends with a response
+    turns_before: list[Message] = field(default_factory=list)  # the dialogue in front of the last question
     question: str = ""  # the last one
-    last: list[Answer] = field(default_factory=list)  # the last reply, or several after /all
-    asked: int = 0  # questions so far: one that is asked twice gets two replies
+    last: list[LastResponse] = field(default_factory=list)  # the last response, or several after /all
+    questions: int = 0  # number of questions so far: one that is asked twice gets two responses
 
     def ask(self, question: str, names: list[str]) -> None:
-        """Let these models answer; the current one, which is among them, has its reply go into the dialogue."""
-        self.turns, query = self.talkers.encode(self.turns, question)
-        self.asked += 1
-        self.question, self.before, self.last = question, self.turns, []
+        """Let these models respond; the current one is among them, and its response goes into the dialogue."""
+        self.turns, query = self.models.encode_dialogue(self.turns, question)
+        self.questions += 1
+        self.question, self.turns_before, self.last = question, self.turns, []
         for name in names:
             if len(names) > 1:
                 print(f"--- {name}")
-            self.last.append(Answer(name, query, self.reply(name, query)))
-        own = next(answer for answer in self.last if answer.name == self.current)
-        reply: Message = {"role": "assistant", "content": self.talkers.text(own.reply)}
-        self.turns = [*self.turns, {"role": "user", "content": question}, reply]
+            self.last.append(LastResponse(name, query, self.generate(name, query)))
+        ids = next(response.ids for response in self.last if response.name == self.current)
+        response: Message = {"role": "assistant", "content": self.models.text(ids)}
+        self.turns = [*self.turns, {"role": "user", "content": question}, response]
 
     def ask_all(self, question: str) -> None:
-        """Let every model answer; without a question the last one again, as if it had not been asked before."""
+        """Let every model respond; without a question to the last one again, as if it had not been asked before."""
         if not question and not self.question:
             print("ask something first, or write /all TEXT")
             return
         if not question:
-            question, self.turns = self.question, self.before
-            self.asked -= 1
-        self.ask(question, list(self.talkers.adapters))
+            question, self.turns = self.question, self.turns_before
+            self.questions -= 1
+        self.ask(question, list(self.models.adapters))
 
-    def reply(self, name: str, query: list[int]) -> list[int]:
-        """Sample one reply and print it meanwhile."""
-        streamer = TerminalStreamer(self.talkers.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        return self.talkers.reply(name, query, self.question, self.asked, streamer)
+    def generate(self, name: str, query: list[int]) -> list[int]:
+        """Sample one response and print it meanwhile."""
+        streamer = TerminalStreamer(self.models.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        seed = prompt_seed(self.models.seed, f"{self.questions} {self.question}")
+        return self.models.generate_ids(name, [query], [seed], streamer)[0]
 
     def score(self) -> None:
-        """Print the reward model's opinion of the last replies."""
-        if not self.talkers.can_score:
+        """Print the reward model's scores of the last responses."""
+        if not self.models.can_score:
             print("there is no reward model; start with --reward_model_lora_path FOLDER")
             return
         if not self.last:
             print("nothing to score yet; ask something first")
-        for name, query, reply in self.last:
-            print(f"{name}: {self.talkers.score(query, reply):.3f}")
+        for name, query, ids in self.last:
+            print(f"{name}: {self.models.score([query], [ids])[0]:.3f}")
 
     def switch(self, name: str) -> None:
         """Make `name` the one that answers; without a name, or with an unknown one, list them."""
-        if name in self.talkers.adapters:
+        if name in self.models.adapters:
             self.current = name
             return
         if name:
             print(f"there is no {name}")
-        known = [f"{known} (now)" if known == self.current else known for known in self.talkers.adapters]
+        known = [f"{known} (now)" if known == self.current else known for known in self.models.adapters]
         print("models: " + ", ".join(known))
 
     def obey(self, line: str) -> bool:
@@ -144,7 +135,7 @@ class Session:
         elif command == "/score":
             self.score()
         elif command == "/new":
-            self.turns, self.before, self.question, self.last = [], [], "", []
+            self.turns, self.turns_before, self.question, self.last = [], [], "", []
         elif command == "/all":
             self.ask_all(rest)
         elif command.startswith("/"):
@@ -171,31 +162,15 @@ def converse(session: Session) -> None:
 
 
 def main() -> None:
-    # ---- Arguments ----
     (args,) = parse_arguments((ChatArguments,), description="Talk to the base with any of several adapters.")
     if args.web:
         check_gradio()
-    lineup = read_lineup(args)
-    device, dtype = choose_device(args)
-
-    # ---- Tokenizer ----
-    tokenizer = load_tokenizer(args)
-    check_template(lineup.template, tokenizer)
-    samplings = answer_samplings(lineup.adapters, tokenizer, args.output_max_length, args.temperature)
-
-    # ---- Model ----
-    base = load_base(args, dtype)
-    check_lineup(lineup, base)
-    longest = longest_query(base, args.output_max_length)
-    model, active = load_side_by_side(base.to(device), lineup.adapters, lineup.reward)
-
-    # ---- Chat ----
-    talkers = Talkers(model, tokenizer, lineup.template, samplings, longest, active, args.seed)
+    models = load_models(args)
     if args.web:
-        serve(talkers, args.model_name_or_path, args.port)
+        serve(models, args.model_name_or_path, args.port)
     else:
-        say(f"{args.model_name_or_path} with {', '.join(active)}; /help lists the commands")
-        converse(Session(talkers, current=next(iter(lineup.adapters))))
+        say(f"{args.model_name_or_path} with {', '.join(models.adapters)}; /help lists the commands")
+        converse(Session(models, current=list(models.adapters)[1]))  # the first one behind the bare base
 
 
 if __name__ == "__main__":

@@ -17,24 +17,12 @@ from typing import NamedTuple
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from inference.side_by_side import (
-    AnswerArguments,
-    Reply,
-    answer,
-    answer_samplings,
-    check_lineup,
-    choose_device,
-    load_side_by_side,
-    longest_query,
-    read_lineup,
-    reply_seed,
-)
+from inference.side_by_side import InferenceArguments, Response, load_models, prompt_seed
 from reporting.html import html_page, markdown_cell, markdown_table, write_page
 from rewards.reward_card import wilson_interval
 from utils.arguments import check_new_folder, parse_arguments
-from utils.base_model import load_base, load_tokenizer
 from utils.console import InputError, run_script, say
-from utils.data import FILE_FORMATS, check_template, read_dataset, tokenize_prompts
+from utils.data import FILE_FORMATS, read_dataset, tokenize_prompts
 from utils.files import append_jsonl
 
 DEFAULT_PROMPTS = (
@@ -47,7 +35,7 @@ DEFAULT_PROMPTS = (
 
 
 @dataclass
-class CompareArguments(AnswerArguments):
+class CompareArguments(InferenceArguments):
     """What is asked, and where the tables go."""
 
     prompts: str | None = field(
@@ -57,9 +45,10 @@ class CompareArguments(AnswerArguments):
             "text of one prompt.  Default: a few general questions."
         },
     )
-    max_prompts: int = field(default=100, metadata={"help": "Take the first so many prompts; -1: all."})
+    max_prompts: int = field(default=100, metadata={"help": "Number of prompts to take, the first ones; -1: all."})
     max_tables: int = field(
-        default=-1, metadata={"help": "Show the replies to the first so many prompts; -1: all.  Figures are of all."}
+        default=-1,
+        metadata={"help": "Number of prompts whose replies are shown, the first ones; -1: all.  Figures are of all."},
     )
     batch_size: int = field(default=16, metadata={"help": "Replies that are sampled at once."})
     output_dir: str = field(default="output/compare", metadata={"help": "Folder for the tables."})
@@ -73,11 +62,11 @@ class CompareArguments(AnswerArguments):
             raise InputError(f"--batch_size is {self.batch_size}; give a number above 0")
 
 
-class Answers(NamedTuple):
-    """One model's replies to all prompts."""
+class ModelResponses(NamedTuple):
+    """One model's responses to all prompts."""
 
     name: str
-    replies: list[Reply]
+    responses: list[Response]
 
 
 class Summary(NamedTuple):
@@ -88,7 +77,7 @@ class Summary(NamedTuple):
     length: float  # mean, tokens
     distinct_1: float  # different tokens as a share of all tokens
     distinct_2: float
-    empty: float  # share of replies without text
+    empty: float  # share of responses without text
     wins: tuple[float, float, float] | None  # win rate against the first adapter with its 95% interval
 
 
@@ -122,36 +111,38 @@ def read_prompts(words: str | None) -> Dataset:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def distinct(replies: Sequence[Sequence[int]], n: int) -> float:
-    """Different n-grams as a share of all n-grams in the replies together (Li et al. 2016, arXiv:1510.03055, section 5).
+def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
+    """Different n-grams as a share of all n-grams in the responses together (Li et al. 2016, arXiv:1510.03055, section 5).
 
     0 where there is no n-gram at all.
     """
-    grams = [tuple(reply[i : i + n]) for reply in replies for i in range(len(reply) - n + 1)]
+    grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def win_rate(scores: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
-    """Share of the prompts where `scores` is above `others`, a tie as half, with its 95% interval."""
-    wins = sum(0.5 if own == other else float(own > other) for own, other in zip(scores, others, strict=True))
-    share = wins / len(scores)
+def win_rate(scores: Sequence[float], other_scores: Sequence[float]) -> tuple[float, float, float]:
+    """Share of the prompts where `scores` is above `other_scores`, a tie as half, with its 95% interval."""
+    pairs = zip(scores, other_scores, strict=True)
+    share = sum(0.5 if score == other else float(score > other) for score, other in pairs) / len(scores)
     return share, *wilson_interval(share, len(scores))
 
 
-def summarise(answers: Answers, first: Answers, eos_token_id: int) -> Summary:
+def summarise(model: ModelResponses, first: ModelResponses, eos_token_id: int) -> Summary:
     """The figures of one model; `first` is the one it is compared with."""
-    replies = answers.replies
-    scores = [reply.score for reply in replies]
+    responses = model.responses
+    scores = [response.score for response in responses]
     scored = scores[0] is not None
-    tokens = [[token for token in reply.ids if token != eos_token_id] for reply in replies]
+    tokens = [[token for token in response.ids if token != eos_token_id] for response in responses]
     return Summary(
-        answers.name,
+        model.name,
         score=sum(scores) / len(scores) if scored else None,
-        length=sum(len(reply.ids) for reply in replies) / len(replies),
+        length=sum(len(response.ids) for response in responses) / len(responses),
         distinct_1=distinct(tokens, 1),
         distinct_2=distinct(tokens, 2),
-        empty=sum(not reply.text for reply in replies) / len(replies),
-        wins=win_rate(scores, [reply.score for reply in first.replies]) if scored and answers is not first else None,
+        empty=sum(not response.text for response in responses) / len(responses),
+        wins=win_rate(scores, [response.score for response in first.responses])
+        if scored and model is not first
+        else None,
     )
 
 
@@ -175,12 +166,12 @@ def summary_table(summaries: Sequence[Summary], first: str) -> tuple[list[str], 
     return head, rows
 
 
-def prompt_tables(prompts: Sequence[str], models: Sequence[Answers]) -> list[tuple[str, list[list[str]]]]:
-    """For each prompt its text and one row a model: name, reply and, where there is one, the score."""
+def prompt_tables(prompts: Sequence[str], models: Sequence[ModelResponses]) -> list[tuple[str, list[list[str]]]]:
+    """For each prompt its text and one row a model: name, response and, where there is one, the score."""
     tables = []
     for number, prompt in enumerate(prompts):
-        replies = [(model.name, model.replies[number]) for model in models]
-        rows = [[name, r.text] + ([] if r.score is None else [f"{r.score:.2f}"]) for name, r in replies]
+        responses = [(model.name, model.responses[number]) for model in models]
+        rows = [[name, r.text] + ([] if r.score is None else [f"{r.score:.2f}"]) for name, r in responses]
         tables.append((prompt, rows))
     return tables
 
@@ -231,54 +222,47 @@ def main() -> None:
     # ---- Arguments ----
     (args,) = parse_arguments((CompareArguments,), description="The same prompts through several adapters.")
     check_new_folder(args.output_dir)
-    lineup = read_lineup(args)
-    device, dtype = choose_device(args)
-
-    # ---- Tokenizer and data ----
-    tokenizer = load_tokenizer(args)
-    check_template(lineup.template, tokenizer)
-    samplings = answer_samplings(lineup.adapters, tokenizer, args.output_max_length, args.temperature)
     rows = read_prompts(args.prompts)
 
-    # ---- Model ----
-    base = load_base(args, dtype)
-    check_lineup(lineup, base)
-    asked = tokenize_prompts(rows, lineup.template, tokenizer, longest_query(base, args.output_max_length))
-    if 0 < args.max_prompts < len(asked):
-        say(f"the first {args.max_prompts} of {len(asked)} prompts are taken; --max_prompts changes that")
-        asked = asked.select(range(args.max_prompts))
-    model, active = load_side_by_side(base.to(device), lineup.adapters, lineup.reward)
+    # ---- Models and prompts ----
+    models = load_models(args)
+    dataset = tokenize_prompts(rows, models.template, models.tokenizer, models.max_query_length)
+    if 0 < args.max_prompts < len(dataset):
+        say(f"the first {args.max_prompts} of {len(dataset)} prompts are taken; --max_prompts changes that")
+        dataset = dataset.select(range(args.max_prompts))
+    prompts, queries = list(dataset["prompt"]), list(dataset["input_ids"])
 
-    # ---- Replies ----
-    prompts, queries = list(asked["prompt"]), list(asked["input_ids"])
-    seeds = [reply_seed(args.seed, prompt) for prompt in prompts]
-    models = []
-    with tqdm(total=len(prompts) * len(active), desc="replies", unit="reply") as bar:
-        for title, used in active.items():
-            replies = answer(model, used, queries, seeds, tokenizer, samplings[title], args.batch_size, bar.update)
-            models.append(Answers(title, replies))
+    # ---- Responses ----
+    seeds = [prompt_seed(args.seed, prompt) for prompt in prompts]
+    outcomes = []
+    with tqdm(total=len(prompts) * len(models.adapters), desc="replies", unit="reply") as bar:
+        for name in models.adapters:
+            outcomes.append(ModelResponses(name, []))
+            for response in models.generate(name, queries, seeds, args.batch_size):
+                outcomes[-1].responses.append(response)
+                bar.update()
 
     # ---- Save ----
-    first = models[1]  # behind the bare base
-    summaries = [summarise(answers, first, tokenizer.eos_token_id) for answers in models]
+    first = outcomes[1]  # behind the bare base
+    summaries = [summarise(model, first, models.tokenizer.eos_token_id) for model in outcomes]
     facts = (
         f"{len(prompts)} prompts; base {args.model_name_or_path}; temperature {args.temperature}, at most "
         f"{args.output_max_length} tokens a reply, seed {args.seed}"
     )
-    facts += "" if lineup.reward is None else f"; scores from {lineup.reward.path}"
+    facts += f"; scores from {args.reward_model_lora_path}" if models.can_score else ""
     shown = prompts if args.max_tables == -1 else prompts[: args.max_tables]
     if len(shown) < len(prompts):
         facts += f"; the first {len(shown)} are shown"
-    tables = prompt_tables(shown, models)
+    tables = prompt_tables(shown, outcomes)
     summary = summary_table(summaries, first.name)
     os.makedirs(args.output_dir, exist_ok=True)
     with open(os.path.join(args.output_dir, "compare.md"), "w", encoding="utf-8") as file:
         file.write(as_markdown(facts, summary, tables))
     write_page(as_html(facts, summary, tables), os.path.join(args.output_dir, "compare.html"))
     records = [
-        {"prompt": prompt, "model": model.name, "response": reply.text, "score": reply.score, "length": len(reply.ids)}
+        {"prompt": prompt, "model": model.name, "response": r.text, "score": r.score, "length": len(r.ids)}
         for number, prompt in enumerate(prompts)
-        for model, reply in ((model, model.replies[number]) for model in models)
+        for model, r in ((model, model.responses[number]) for model in outcomes)
     ]
     append_jsonl(records, args.output_dir, "compare.jsonl")
     say(f"side by side: {args.output_dir}/compare.md, compare.html and compare.jsonl")

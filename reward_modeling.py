@@ -29,17 +29,18 @@ from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from inference.side_by_side import answer, answer_sampling
 from reporting.plots import draw_card
 from reporting.trackers import show_card
 from rewards.broken_replies import KINDS, TRAIN_WEIGHT, broken_pairs
 from rewards.reward_card import CARD_FILE, card_table, in_short, make_card, pair_measures, probe
 from rewards.reward_model import ensemble_score, member_folders, member_scores, new_reward_model
+from rollout.distribution import default_sampling
+from rollout.sampler import sample_replies
 from runs.memory_plan import announce, reward_plan
 from runs.run_files import RunFiles, run_record
 from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
-from utils.adapters import SCORE_KEY, SavedAdapter, check_adapter, load_adapter, read_adapter, saved_key
+from utils.adapters import SCORE_KEY, SavedAdapter, check_adapter, load_adapter, read_adapter, saved_key, use_adapter
 from utils.arguments import (
     DEFAULT_PREFERENCES,
     DataArguments,
@@ -409,11 +410,14 @@ def sample_sft_responses(
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     load_adapter(model, sft, "sft")
     model.eval()
-    sampling = answer_sampling(tokenizer, data.output_max_length)
-    size = trainer.args.per_device_eval_batch_size
-    responses = answer(model, ["sft"], queries, range(len(queries)), tokenizer, sampling, size)
+    sampling, size = default_sampling(tokenizer, data.output_max_length), trainer.args.per_device_eval_batch_size
+    responses: list[list[int]] = []
+    with use_adapter(model, "sft"):
+        for start in range(0, len(queries), size):
+            batch = queries[start : start + size]
+            responses += sample_replies(model, batch, range(start, start + len(batch)), sampling)
     model.delete_adapter("sft")
-    return [query + response.ids for query, response in zip(queries, responses, strict=True)]
+    return [query + response for query, response in zip(queries, responses, strict=True)]
 
 
 def write_card(trainer: RewardTrainer, pairs: Pairs, sft: SavedAdapter | None, data: RewardDataArguments) -> None:

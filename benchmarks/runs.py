@@ -14,10 +14,7 @@ import torch
 from tqdm import tqdm
 
 from demo.table import Row, judge
-from inference.side_by_side import answer_samplings, load_side_by_side
-from utils.adapters import read_adapter
-from utils.arguments import ModelArguments
-from utils.base_model import load_base, load_tokenizer
+from inference.side_by_side import InferenceArguments, load_models
 from utils.files import read_jsonl
 
 OUTPUT_MAX_LENGTH = 48  # tokens, as in configs/ppo_demo.yaml
@@ -90,16 +87,15 @@ def judge_adapters(folder: Path, reward: str, adapters: dict[str, Path]) -> list
     Each is sampled as its PPO run did: a policy that learned to say nothing looks better where it has to say something.
     """
     torch.set_num_threads(1)  # the demo's model is so small that threads cost more than they bring: ten times as long
-    model_args = ModelArguments(f"{folder}/world/base")
-    tokenizer = load_tokenizer(model_args)
-    saved = {
-        name: read_adapter(str(path), "--output_dir") for name, path in {"SFT": folder / "sft", **adapters}.items()
-    }
-    reward_adapter = read_adapter(str(folder / reward), "--output_dir")
-    model, models = load_side_by_side(load_base(model_args, torch.float32), saved, reward_adapter)
+    folders = {"SFT": folder / "sft", **adapters}
+    models = load_models(
+        InferenceArguments(
+            f"{folder}/world/base",
+            adapters=[f"{name}={path}" for name, path in folders.items()],
+            reward_model_lora_path=f"{folder}/{reward}",
+            output_max_length=OUTPUT_MAX_LENGTH,
+            dtype="float32",
+        )
+    )
     prompts = [row["prompt"] for row in read_jsonl(f"{folder}/world/heldout_prompts.jsonl")]
-    samplings = answer_samplings(saved, tokenizer, OUTPUT_MAX_LENGTH)
-    return [
-        judge(model, name, active, prompts, tokenizer, model_args.prompt_template, samplings[name])
-        for name, active in models.items()
-    ]
+    return [judge(models, name, prompts) for name in models.adapters]

@@ -14,16 +14,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from peft import PeftModel
-
 from demo.gold import gold_score
-from inference.side_by_side import answer, answer_samplings, load_side_by_side
+from inference.side_by_side import ChatModels, InferenceArguments, load_models
 from reporting.html_report import write_report
-from rollout.distribution import Sampling
-from utils.adapters import read_adapter
-from utils.arguments import ModelArguments
-from utils.base_model import load_base, load_tokenizer
 from utils.console import InputError, run_script
 from utils.data import encode_prompt
 from utils.files import read_jsonl, write_json
@@ -48,18 +41,16 @@ class Row(NamedTuple):
     replies: list[str]
 
 
-def judge(
-    model: PeftModel, name: str, adapters: list[str], prompts: list[str], tokenizer, template: str, sampling: Sampling
-) -> Row:
-    """Let the model with `adapters` reply to every prompt, the seed of a reply being its prompt's number."""
-    queries = [encode_prompt(prompt, template, tokenizer) for prompt in prompts]
-    replies = answer(model, adapters, queries, range(len(prompts)), tokenizer, sampling, BATCH)
-    texts = [reply.text for reply in replies]
+def judge(models: ChatModels, name: str, prompts: list[str]) -> Row:
+    """Let the model `name` respond to every prompt, the seed of a response being its prompt's number."""
+    queries = [encode_prompt(prompt, models.template, models.tokenizer) for prompt in prompts]
+    responses = list(models.generate(name, queries, range(len(prompts)), BATCH))
+    texts = [response.text for response in responses]
     return Row(
         name,
         gold=sum(gold_score(prompt, text) for prompt, text in zip(prompts, texts, strict=True)) / len(prompts),
-        score=sum(reply.score for reply in replies) / len(replies),
-        length=sum(len(reply.ids) for reply in replies) / len(replies),
+        score=sum(response.score for response in responses) / len(responses),
+        length=sum(len(response.ids) for response in responses) / len(responses),
         empty=sum(not text for text in texts) / len(texts),
         replies=texts,
     )
@@ -104,22 +95,22 @@ def main() -> None:
         raise InputError(f"there is no checkpoint under {folder / 'ppo'}; run scripts/demo.sh, which makes them")
     card = json.loads((folder / "reward" / "reward_card.json").read_text(encoding="utf-8"))
     settings = json.loads((folder / "ppo" / "run.json").read_text(encoding="utf-8"))["arguments"]
-    model_args = ModelArguments(str(folder / "world" / "base"), settings["prompt_template"])
-    tokenizer = load_tokenizer(model_args)
-    base = load_base(model_args, torch.float32)
     best = json.loads((folder / "ppo" / "best" / "run.json").read_text(encoding="utf-8"))["best"]["iteration"]
     folders = {"SFT": folder / "sft", **{f"PPO ({path.name.split('-')[1]})": path for path in checkpoints}}
     folders[f"PPO best ({best})"] = folder / "ppo" / "best"
-    adapters = {name: read_adapter(str(path), "--folder") for name, path in folders.items()}
-    model, models = load_side_by_side(base, adapters, read_adapter(str(folder / "reward"), "--folder"))
+    models = load_models(
+        InferenceArguments(
+            str(folder / "world" / "base"),
+            adapters=[f"{name}={path}" for name, path in folders.items()],
+            reward_model_lora_path=str(folder / "reward"),
+            output_max_length=settings["output_max_length"],
+            dtype="float32",
+        )
+    )
 
-    # ---- Replies ----
+    # ---- Responses ----
     prompts = [row["prompt"] for row in read_jsonl(str(folder / "world" / "heldout_prompts.jsonl"))]
-    samplings = answer_samplings(adapters, tokenizer, settings["output_max_length"])
-    rows = [
-        judge(model, name, active, prompts, tokenizer, model_args.prompt_template, samplings[name])
-        for name, active in models.items()
-    ]
+    rows = [judge(models, name, prompts) for name in models.adapters]
 
     # ---- Report ----
     table = as_markdown(rows, prompts, card["accuracy"])

@@ -1,7 +1,7 @@
-"""Several adapters on one base in memory: load them, let each of them answer the same prompts, score the replies."""
+"""Several models on one base in memory: load the adapters, let each of them respond to the same prompts, score that."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,20 +12,21 @@ from transformers.generation.streamers import BaseStreamer
 
 from rewards.reward_model import load_reward, reward_scores
 from rollout.batch import make_batch
-from rollout.distribution import Sampling, first_token_ban
+from rollout.distribution import Sampling, default_sampling
 from rollout.sampler import sample_replies
 from utils.adapters import REWARD, SavedAdapter, check_adapter, load_adapter, read_adapter, use_adapter
 from utils.arguments import DEFAULT_TEMPLATE, ModelArguments
+from utils.base_model import load_base, load_tokenizer
 from utils.console import InputError
-from utils.data import Message, encode_prompt
+from utils.data import Message, check_template, encode_prompt
 from utils.heads import add_score_head, enable_jobs
 
 BARE_BASE = "base"  # what the base without an adapter is called
 
 
 @dataclass
-class AnswerArguments(ModelArguments):
-    """Which models answer, and how."""
+class InferenceArguments(ModelArguments):
+    """Which models respond, and how they are sampled."""
 
     prompt_template: str | None = field(
         default=None,
@@ -38,7 +39,9 @@ class AnswerArguments(ModelArguments):
         default=None, metadata={"help": "Reward adapter with its score head, to score the replies with."}
     )
     output_max_length: int = field(default=128, metadata={"help": "Longest reply, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampler; 0 always takes the likeliest token."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature; 0 always takes the likeliest token."}
+    )
     seed: int = field(default=0, metadata={"help": "The same seed gives the same replies."})
 
     def __post_init__(self) -> None:
@@ -49,25 +52,122 @@ class AnswerArguments(ModelArguments):
             raise InputError("no adapter was given; add --adapters NAME=FOLDER, once or several times")
 
 
-class Lineup(NamedTuple):
-    """The adapters that the arguments name, looked at and not loaded."""
+class Response(NamedTuple):
+    """What one model said to one prompt."""
 
-    adapters: dict[str, SavedAdapter]  # policies by name
-    reward: SavedAdapter | None
-    template: str  # prompt template of all of them
-
-
-class Reply(NamedTuple):
-    """What one model answered to one prompt."""
-
-    ids: list[int]  # reply tokens, EOS included where it ended by itself
+    ids: list[int]  # EOS included, unless the length limit cut the response
     text: str
     score: float | None  # None without a reward model
 
 
+@dataclass(frozen=True)
+class ChatModels:
+    """The bare base and each adapter on it: models that share one base in memory and are switched by name."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    adapters: dict[str, list[str]]  # name of a model -> PEFT's names of the adapters that act in it
+    samplings: dict[str, Sampling]  # name of a model -> how it is sampled
+    max_query_length: int  # tokens of a prompt or a whole dialogue
+    seed: int
+
+    def generate_ids(
+        self, name: str, queries: Sequence[list[int]], seeds: Sequence[int], streamer: BaseStreamer | None = None
+    ) -> list[list[int]]:
+        """Token ids of one response of the model `name` to each query, in one batch; see `sample_replies`."""
+        with use_adapter(self.model, *self.adapters[name]):
+            return sample_replies(self.model, queries, seeds, self.samplings[name], streamer)
+
+    def generate(
+        self, name: str, queries: Sequence[list[int]], seeds: Sequence[int], batch_size: int
+    ) -> Iterator[Response]:
+        """One response of the model `name` to each query, scored where there is a reward model."""
+        for start in range(0, len(queries), batch_size):
+            batch = queries[start : start + batch_size]
+            responses = self.generate_ids(name, batch, seeds[start : start + batch_size])
+            scores = self.score(batch, responses) if self.can_score else [None] * len(batch)
+            yield from map(Response, responses, map(self.text, responses), scores)
+
+    def text(self, response: list[int]) -> str:
+        """A response as it is shown, and as it goes into a dialogue."""
+        return self.tokenizer.decode(response, skip_special_tokens=True).strip()
+
+    @property
+    def can_score(self) -> bool:
+        """Whether there is a reward model."""
+        return REWARD in self.model.peft_config
+
+    @torch.no_grad()
+    def score(self, queries: Sequence[list[int]], responses: Sequence[list[int]]) -> list[float]:
+        """The reward model's score of each response, in one batch."""
+        batch = make_batch(queries, responses, self.tokenizer.pad_token_id)
+        ids, mask = batch.input_ids.to(self.model.device), batch.attention_mask.to(self.model.device)
+        return reward_scores(self.model, {"input_ids": ids, "attention_mask": mask}).tolist()
+
+    def encode_dialogue(self, turns: list[Message], question: str) -> tuple[list[Message], list[int]]:
+        """The turns that fit in front of this question, the oldest ones dropped, and the ids of the whole dialogue.
+
+        Raises InputError when the question alone does not fit.
+        """
+        while True:
+            query = encode_prompt([*turns, {"role": "user", "content": question}], self.template, self.tokenizer)
+            if len(query) <= self.max_query_length:
+                return turns, query
+            if not turns:
+                raise InputError(
+                    f"that is {len(query)} tokens, more than the {self.max_query_length} that fit; ask a shorter one"
+                )
+            turns = turns[2:]
+
+
+def prompt_seed(seed: int, prompt: str) -> int:
+    """The seed of the response to a prompt, the same one for every model: 63 bits of a hash."""
+    digest = hashlib.sha256(f"{seed} {prompt}".encode(errors="replace")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Adapters
+# Loading
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_models(args: InferenceArguments) -> ChatModels:
+    """All models that the arguments name, on the GPU where there is one, in eval mode.
+
+    Raises InputError when the arguments are wrong, or the adapters of another base, kind or prompt template.
+    """
+    # ---- Adapters and tokenizer: what can be wrong without the base ----
+    adapters = read_named_adapters(args.adapters)
+    path = args.reward_model_lora_path
+    reward = None if path is None else read_adapter(path, "--reward_model_lora_path")
+    template = agreed_template(args, adapters)
+    tokenizer = load_tokenizer(args)
+    check_template(template, tokenizer)
+    samplings = adapter_samplings(adapters, tokenizer, args.output_max_length, args.temperature)
+
+    # ---- Base ----
+    device, dtype = choose_device(args)
+    base = load_base(args, dtype)
+    for name, adapter in adapters.items():
+        check_adapter(adapter, f"--adapters {name}", False, template, base)
+    if reward is not None:
+        check_adapter(reward, "--reward_model_lora_path", True, template, base)
+    longest = max_query_length(base, args.output_max_length)
+    base = base.to(device)
+
+    # ---- Adapters on the base ----
+    enable_jobs(base)
+    if reward is not None:
+        add_score_head(base)
+    names = [f"adapter{number}" for number in range(len(adapters))]  # PEFT takes no dot in a name ("v1.5")
+    model = PeftModel(base, next(iter(adapters.values())).config, names[0])
+    for name, adapter in zip(names, adapters.values(), strict=True):
+        load_adapter(model, adapter, name)
+    if reward is not None:
+        load_reward(model, reward)
+    active = {BARE_BASE: [], **{title: [name] for title, name in zip(adapters, names, strict=True)}}
+    return ChatModels(model.eval(), tokenizer, template, active, samplings, longest, args.seed)
 
 
 def read_named_adapters(words: Sequence[str]) -> dict[str, SavedAdapter]:
@@ -84,7 +184,7 @@ def read_named_adapters(words: Sequence[str]) -> dict[str, SavedAdapter]:
     return adapters
 
 
-def agreed_template(args: AnswerArguments, adapters: dict[str, SavedAdapter]) -> str:
+def agreed_template(args: InferenceArguments, adapters: Mapping[str, SavedAdapter]) -> str:
     """The prompt template that the adapters were trained with, the arguments' where no run.json tells one.
 
     Raises InputError when two of them were trained with different ones: the same prompt would not be the same to both.
@@ -102,42 +202,6 @@ def agreed_template(args: AnswerArguments, adapters: dict[str, SavedAdapter]) ->
     return known[first]
 
 
-def read_lineup(args: AnswerArguments) -> Lineup:
-    """Look at all adapters that the arguments name.  Raises InputError."""
-    adapters = read_named_adapters(args.adapters)
-    path = args.reward_model_lora_path
-    reward = None if path is None else read_adapter(path, "--reward_model_lora_path")
-    return Lineup(adapters, reward, agreed_template(args, adapters))
-
-
-def check_lineup(lineup: Lineup, base: PreTrainedModel) -> None:
-    """Raise InputError when one of the adapters is of another kind, base or template."""
-    for name, adapter in lineup.adapters.items():
-        check_adapter(adapter, f"--adapters {name}", False, lineup.template, base)
-    if lineup.reward is not None:
-        check_adapter(lineup.reward, "--reward_model_lora_path", True, lineup.template, base)
-
-
-def load_side_by_side(
-    base: PreTrainedModel, adapters: Mapping[str, SavedAdapter], reward: SavedAdapter | None
-) -> tuple[PeftModel, dict[str, list[str]]]:
-    """All adapters on one base, in eval mode; and for each model, the bare base first, what `use_adapter` has to be given.
-
-    PEFT knows the adapters by other names than people do, because it takes no dot in one ("v1.5").
-    """
-    names = [f"adapter{number}" for number in range(len(adapters))]
-    enable_jobs(base)
-    if reward is not None:
-        add_score_head(base)
-    model = PeftModel(base, next(iter(adapters.values())).config, names[0])
-    for name, adapter in zip(names, adapters.values(), strict=True):
-        load_adapter(model, adapter, name)
-    if reward is not None:
-        load_reward(model, reward)
-    models = {BARE_BASE: [], **{title: [name] for title, name in zip(adapters, names, strict=True)}}
-    return model.eval(), models
-
-
 def choose_device(args: ModelArguments) -> tuple[str, torch.dtype]:
     """Where a model that is not trained runs, and the type of its base weights."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,50 +210,8 @@ def choose_device(args: ModelArguments) -> tuple[str, torch.dtype]:
     return device, torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def answer_sampling(
-    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float = 1.0, first_tokens: str = "eos"
-) -> Sampling:
-    """The distribution that PPO trains by default: all of it, no EOS or padding as a first token.
-
-    At temperature 0 its likeliest token, always.  first_tokens: --begin_suppress_tokens of a PPO run that had others.
-    """
-    return Sampling(
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature or 1.0,
-        greedy=temperature == 0,
-        begin_suppress_tokens=first_token_ban(first_tokens, tokenizer),
-    )
-
-
-def answer_samplings(
-    adapters: Mapping[str, SavedAdapter],
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-) -> dict[str, Sampling]:
-    """`answer_sampling` for the bare base and each adapter, with the --begin_suppress_tokens of the run that made it.
-
-    A policy that PPO taught to say nothing has to be free to do so, or it looks better than it is.
-    """
-    first_tokens = {BARE_BASE: "eos"}
-    for title, adapter in adapters.items():
-        arguments = adapter.run.get("arguments")
-        known = arguments.get("begin_suppress_tokens") if isinstance(arguments, dict) else None
-        first_tokens[title] = "eos" if known is None else str(known)
-    return {
-        title: answer_sampling(tokenizer, max_new_tokens, temperature, words) for title, words in first_tokens.items()
-    }
-
-
-def longest_query(base: PreTrainedModel, output_max_length: int) -> int:
-    """Tokens that a prompt may have beside a reply.  Raises InputError where the reply leaves no room."""
+def max_query_length(base: PreTrainedModel, output_max_length: int) -> int:
+    """Tokens that a prompt may have beside a response.  Raises InputError where the response leaves no room."""
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if positions is None:  # a family without positions, such as Bloom
         return 2**31
@@ -201,97 +223,21 @@ def longest_query(base: PreTrainedModel, output_max_length: int) -> int:
     return positions - output_max_length
 
 
-def reply_seed(seed: int, prompt: str) -> int:
-    """The seed of the reply to a prompt, the same one for every model: 63 bits of a hash."""
-    digest = hashlib.sha256(f"{seed} {prompt}".encode(errors="replace")).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-@torch.no_grad()
-def score_replies(
-    model: PeftModel, queries: Sequence[list[int]], replies: Sequence[list[int]], pad_id: int
-) -> list[float]:
-    """Score of each reply from the reward adapter of the model, in one batch."""
-    batch = make_batch(queries, replies, pad_id)
-    ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
-    return reward_scores(model, {"input_ids": ids, "attention_mask": mask}).tolist()
-
-
-def answer(
-    model: PeftModel,
-    adapters: Sequence[str],
-    queries: Sequence[list[int]],
-    seeds: Sequence[int],
+def adapter_samplings(
+    adapters: Mapping[str, SavedAdapter],
     tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    batch_size: int,
-    progress: Callable[[int], object] = lambda count: None,
-) -> list[Reply]:
-    """One reply to each query from the base with `adapters` (none: the bare base), scored where there is a reward model.
+    max_new_tokens: int,
+    temperature: float = 1.0,
+) -> dict[str, Sampling]:
+    """`default_sampling` for the bare base and each adapter, with the --begin_suppress_tokens of the run that made it.
 
-    progress: called with the number of queries of each batch that is done.
+    A policy that PPO taught to say nothing has to be free to do so, or it looks better than it is.
     """
-    replies: list[Reply] = []
-    for start in range(0, len(queries), batch_size):
-        part = queries[start : start + batch_size]
-        with use_adapter(model, *adapters):
-            sampled = sample_replies(model, part, seeds[start : start + batch_size], sampling)
-        scores: list[float | None] = [None] * len(part)
-        if REWARD in model.peft_config:
-            scores = score_replies(model, part, sampled, tokenizer.pad_token_id)
-        texts = [text.strip() for text in tokenizer.batch_decode(sampled, skip_special_tokens=True)]
-        replies += map(Reply, sampled, texts, scores)
-        progress(len(part))
-    return replies
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Dialogues
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Talkers:
-    """Several models on one base, each of which can go on with a dialogue."""
-
-    model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    template: str
-    samplings: dict[str, Sampling]
-    longest: int  # tokens of a dialogue
-    adapters: dict[str, list[str]]  # name -> adapters that act under it
-    seed: int
-
-    def encode(self, turns: list[Message], question: str) -> tuple[list[Message], list[int]]:
-        """The turns that fit in front of this question, the oldest ones dropped, and the ids of the whole dialogue.
-
-        Raises InputError when the question alone does not fit.
-        """
-        while True:
-            query = encode_prompt([*turns, {"role": "user", "content": question}], self.template, self.tokenizer)
-            if len(query) <= self.longest:
-                return turns, query
-            if not turns:
-                raise InputError(
-                    f"that is {len(query)} tokens, more than the {self.longest} that fit; ask a shorter one"
-                )
-            turns = turns[2:]
-
-    def reply(self, name: str, query: list[int], question: str, asked: int, streamer: BaseStreamer) -> list[int]:
-        """One reply of the model `name`, EOS included; asked: number of the question, so that one asked twice gets two."""
-        with use_adapter(self.model, *self.adapters[name]):
-            seed = reply_seed(self.seed, f"{asked} {question}")
-            return sample_replies(self.model, [query], [seed], self.samplings[name], streamer)[0]
-
-    @property
-    def can_score(self) -> bool:
-        """Whether there is a reward model."""
-        return REWARD in self.model.peft_config
-
-    def score(self, query: list[int], reply: list[int]) -> float:
-        """The reward model's score of a reply."""
-        return score_replies(self.model, [query], [reply], self.tokenizer.pad_token_id)[0]
-
-    def text(self, reply: list[int]) -> str:
-        """A reply as it goes into the dialogue."""
-        return self.tokenizer.decode(reply, skip_special_tokens=True).strip()
+    first_tokens = {BARE_BASE: "eos"}
+    for title, adapter in adapters.items():
+        arguments = adapter.run.get("arguments")
+        known = arguments.get("begin_suppress_tokens") if isinstance(arguments, dict) else None
+        first_tokens[title] = "eos" if known is None else str(known)
+    return {
+        title: default_sampling(tokenizer, max_new_tokens, temperature, words) for title, words in first_tokens.items()
+    }

@@ -1,7 +1,8 @@
 """chat.py --web: a page at 127.0.0.1 on which all models answer the same questions, side by side.
 
-Gradio is optional and imported here alone.  Each visitor has a dialogue with each model; the replies stream one after the
+Gradio is optional and imported here alone.  Each visitor has a dialogue with each model; the responses stream one after the
 other, because the models share one base.  Whatever is said is shown as text: it is escaped here and nothing interprets it.
+(gradio.Chatbot with render_markdown=False does not escape: an <img> in a response is loaded, and code loses its indents.)
 """
 
 import contextlib
@@ -17,12 +18,12 @@ from typing import Any
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
-from inference.side_by_side import Talkers
+from inference.side_by_side import ChatModels, prompt_seed
 from reporting.html import WEB
 from utils.console import InputError, printable, say
 from utils.data import Message
 
-PENDING = "…"  # note below a reply that is being sampled
+PENDING = "…"  # note below a response that is being sampled
 ADDRESS = "127.0.0.1"  # this machine alone: there is no password
 
 
@@ -31,7 +32,7 @@ class Column:
     """One model's dialogue."""
 
     turns: list[Message] = field(default_factory=list)  # what the model remembers
-    shown: list[tuple[str, str, str]] = field(default_factory=list)  # (question, reply, note), all of them
+    shown: list[tuple[str, str, str]] = field(default_factory=list)  # (question, response, note), all of them
 
 
 @dataclass
@@ -39,22 +40,22 @@ class Visitor:
     """What one visitor said to each model.  Its handlers run at the same time and share this object."""
 
     columns: dict[str, Column]
-    asked: int = 0  # questions so far
+    questions: int = 0  # number of questions so far
     stopped: bool = False  # the button was pressed
 
     def settle(self) -> None:
-        """Say of a reply that was stopped that it was: the model does not remember it."""
+        """Mark a response that was stopped: the model does not remember it."""
         for column in self.columns.values():
             if column.shown and column.shown[-1][2] == PENDING:
                 column.shown[-1] = (*column.shown[-1][:2], "stopped, and forgotten")
 
 
 class Stopped(Exception):
-    """Nobody wants the rest of the reply."""
+    """Nobody wants the rest of the response."""
 
 
 class Stream(TextIteratorStreamer):
-    """The pieces of a reply, which another thread samples until `stopped` is set."""
+    """The pieces of a response, which another thread samples until `stopped` is set."""
 
     stopped = False
 
@@ -76,73 +77,77 @@ def check_gradio() -> None:
 def column_html(column: Column) -> str:
     """A dialogue as HTML; dir="auto" lets each text run in the direction of its own script."""
     parts = []
-    for question, reply, note in column.shown:
+    for question, response, note in column.shown:
         parts.append(f'<div class="said asked" dir="auto">{html.escape(printable(question))}</div>')
-        parts.append(f'<div class="said" dir="auto">{html.escape(printable(reply))}</div>')
+        parts.append(f'<div class="said" dir="auto">{html.escape(printable(response))}</div>')
         parts.append(f'<div class="note">{html.escape(note)}</div>')
     return f'<div class="column"><div>{"".join(parts)}</div></div>'
 
 
-def sample_into(
-    column: Column, talkers: Talkers, lock: threading.Lock, name: str, query: list[int], question: str, asked: int
-) -> Generator[None, None, list[int]]:
-    """Sample a reply, yield whenever its text in the column has grown, and return its ids.  Closing it stops the sampling.
+@dataclass(frozen=True)
+class WebChat:
+    """The models, and the lock that is held while one of them works: all share one base and its switches."""
 
-    lock: held while a model works, because all of them share one base and its switches.
-    """
-    stream = Stream(talkers.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    models: ChatModels
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def work() -> list[int]:
-        try:
-            with lock:
-                return talkers.reply(name, query, question, asked, stream)
-        finally:
-            stream.end()  # an error must not leave the reader waiting
+    def fresh_columns(self) -> dict[str, Column]:
+        return {name: Column() for name in self.models.adapters}
 
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work)
-        try:
-            text = ""
-            for piece in stream:
-                text += piece
-                column.shown[-1] = (question, text, PENDING)
-                yield
-            return future.result()
-        finally:
-            stream.stopped = True
+    def generate_into(self, column: Column, name: str, query: list[int], seed: int) -> Generator[None, None, list[int]]:
+        """Sample a response, yield whenever its text in the column has grown, and return its ids.
+
+        Closing the generator stops the sampling.
+        """
+        stream = Stream(self.models.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+        def work() -> list[int]:
+            try:
+                with self.lock:
+                    return self.models.generate_ids(name, [query], [seed], stream)[0]
+            finally:
+                stream.end()  # an error must not leave the reader waiting
+
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            try:
+                for piece in stream:
+                    question, text, _ = column.shown[-1]
+                    column.shown[-1] = (question, text + piece, PENDING)
+                    yield
+                return future.result()
+            finally:
+                stream.stopped = True
+
+    def ask(self, question: str, names: list[str], visitor: Visitor) -> Iterator[None]:
+        """Let these models respond into the visitor's columns, one after the other.
+
+        Raises InputError for a question that is too long.
+        """
+        columns = visitor.columns  # a new dialogue gets new ones
+        visitor.questions += 1
+        seed = prompt_seed(self.models.seed, f"{visitor.questions} {question}")
+        for name in names:
+            column = columns[name]
+            turns, query = self.models.encode_dialogue(column.turns, question)
+            column.shown.append((question, "", PENDING))
+            ids = yield from self.generate_into(column, name, query, seed)
+            note = f"{len(ids)} tokens"
+            if self.models.can_score:
+                with self.lock:
+                    note = f"score {self.models.score([query], [ids])[0]:.3f} · {note}"
+            text = self.models.text(ids)
+            column.turns = [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": text}]
+            column.shown[-1] = (question, text, note)
+            yield
 
 
-def answer_all(
-    talkers: Talkers, lock: threading.Lock, question: str, names: list[str], columns: dict[str, Column], asked: int
-) -> Iterator[None]:
-    """Let these models answer into their columns, one after the other.
-
-    Raises InputError for a question that is too long.
-    """
-    for name in names:
-        column = columns[name]
-        turns, query = talkers.encode(column.turns, question)
-        column.shown.append((question, "", PENDING))
-        reply = yield from sample_into(column, talkers, lock, name, query, question, asked)
-        note = f"{len(reply)} tokens"
-        if talkers.can_score:
-            with lock:
-                note = f"score {talkers.score(query, reply):.3f} · {note}"
-        text = talkers.text(reply)
-        column.turns = [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": text}]
-        column.shown[-1] = (question, text, note)
-        yield
-
-
-def build_page(talkers: Talkers, base: str) -> Any:
+def build_page(models: ChatModels, base: str) -> Any:
     """The page, a gradio.Blocks."""
     import gradio
 
-    names = list(talkers.adapters)
-    lock = threading.Lock()
-
-    def fresh() -> dict[str, Column]:
-        return {name: Column() for name in names}
+    names = list(models.adapters)
+    chat = WebChat(models)
 
     def drawn(visitor: Visitor) -> list[str]:
         return [column_html(visitor.columns[name]) for name in names]
@@ -150,10 +155,8 @@ def build_page(talkers: Talkers, base: str) -> Any:
     def send(question: str, chosen: list[str], visitor: Visitor) -> Iterator[list[Any]]:
         visitor.stopped = False
         if question.strip() and chosen:
-            visitor.asked += 1
-            growing = answer_all(talkers, lock, question.strip(), chosen, visitor.columns, visitor.asked)
             try:
-                with contextlib.closing(growing):
+                with contextlib.closing(chat.ask(question.strip(), chosen, visitor)) as growing:
                     for number, _ in enumerate(growing):
                         if visitor.stopped:
                             break
@@ -170,13 +173,13 @@ def build_page(talkers: Talkers, base: str) -> Any:
         visitor.stopped = True
 
     def forget(visitor: Visitor) -> list[str]:
-        visitor.stopped, visitor.columns, visitor.asked = True, fresh(), 0
+        visitor.stopped, visitor.columns, visitor.questions = True, chat.fresh_columns(), 0
         return drawn(visitor)
 
     with gradio.Blocks(title=f"{base}: models side by side", analytics_enabled=False, fill_width=True) as page:
-        visitor = gradio.State(Visitor(fresh()))  # each visitor gets a copy
+        visitor = gradio.State(Visitor(chat.fresh_columns()))  # each visitor gets a copy
         gradio.HTML(f'<h1 dir="auto">{html.escape(base)}</h1>')
-        chosen = gradio.CheckboxGroup(names, value=names, label="who answers")
+        chosen = gradio.CheckboxGroup(names, value=names, label="Models")
         with gradio.Row():
             dialogues = []
             for name in names:
@@ -195,13 +198,13 @@ def build_page(talkers: Talkers, base: str) -> Any:
     return page
 
 
-def serve(talkers: Talkers, base: str, port: int) -> None:
+def serve(models: ChatModels, base: str, port: int) -> None:
     """Show the page until Ctrl-C.  Raises InputError when the port is taken."""
     import gradio
 
     fonts = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]  # nothing is fetched
     theme = gradio.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
-    page = build_page(talkers, base).queue(api_open=False)
+    page = build_page(models, base).queue(api_open=False)
     try:
         page.launch(
             server_name=ADDRESS,
@@ -215,7 +218,7 @@ def serve(talkers: Talkers, base: str, port: int) -> None:
         )
     except OSError as error:
         raise InputError(f"port {port} cannot be used: {error}; choose another one with --port") from error
-    say(f"{base} with {', '.join(talkers.adapters)} at http://{ADDRESS}:{port}; Ctrl-C ends it")
+    say(f"{base} with {', '.join(models.adapters)} at http://{ADDRESS}:{port}; Ctrl-C ends it")
     page.block_thread()
     sys.stdout.flush()
-    os._exit(0)  # at once: Python would wait for a reply that is still being sampled for a page that is gone
+    os._exit(0)  # at once: Python would wait for a response that is still being sampled for a page that is gone

@@ -58,6 +58,23 @@ def first_token_ban(words: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int
     return tuple(map(int, ids))
 
 
+def default_sampling(
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float = 1.0, first_tokens: str = "eos"
+) -> Sampling:
+    """The distribution that PPO trains by default: all of it, no EOS or padding as a first token.
+
+    At temperature 0 its likeliest token, always.  first_tokens: --begin_suppress_tokens of a PPO run that had others.
+    """
+    return Sampling(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature or 1.0,
+        greedy=temperature == 0,
+        begin_suppress_tokens=first_token_ban(first_tokens, tokenizer),
+    )
+
+
 def sampling_logits(
     logits: Tensor, seen: Tensor | None, is_first: Tensor, sampling: Sampling, first_column: int = 0
 ) -> Tensor:

@@ -21,23 +21,24 @@ from transformers.generation.streamers import BaseStreamer
 
 import chat
 from inference import web_chat
-from inference.side_by_side import Talkers, answer_sampling
+from inference.side_by_side import ChatModels
+from rollout.distribution import default_sampling
 from rollout.sampler import sample_replies
+from tests.adapter_folders import LENGTH, TEMPLATE, AdapterFolders, expected, make_adapter_folders, score_of
 from tests.conftest import make_tokenizer
 from tests.helpers import load_with_jobs
-from tests.lineup import LENGTH, TEMPLATE, Lineup, expected, make_lineup, score_of
 from utils.console import RunError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def lineup(tmp_path_factory: pytest.TempPathFactory) -> Lineup:
-    return make_lineup(tmp_path_factory.mktemp("lineup"))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> AdapterFolders:
+    return make_adapter_folders(tmp_path_factory.mktemp("folders"))
 
 
-def arguments(lineup: Lineup, *more: str) -> list[str]:
-    words = ["--base_model_name", lineup.base, "--adapters", f"SFT={lineup.sft}", f"v1.5={lineup.ppo}"]
+def arguments(folders: AdapterFolders, *more: str) -> list[str]:
+    words = ["--base_model_name", folders.base, "--adapters", f"SFT={folders.sft}", f"v1.5={folders.ppo}"]
     return [*words, "--output_max_length", str(LENGTH), *more]
 
 
@@ -98,24 +99,24 @@ def clean(raw: bytes) -> str:
 
 
 @pytest.fixture
-def terminal(lineup: Lineup) -> Iterator[Terminal]:
-    terminal = Terminal(arguments(lineup, "--reward_model_lora_path", lineup.reward))
+def terminal(folders: AdapterFolders) -> Iterator[Terminal]:
+    terminal = Terminal(arguments(folders, "--reward_model_lora_path", folders.reward))
     greeting = terminal.read(r"\[SFT\] ")
-    assert f"{lineup.base} with base, SFT, v1.5; /help lists the commands" in greeting
+    assert f"{folders.base} with base, SFT, v1.5; /help lists the commands" in greeting
     yield terminal
     if terminal.process.poll() is None:
         terminal.process.kill()
         terminal.close()
 
 
-def test_a_conversation(lineup: Lineup, terminal: Terminal) -> None:
+def test_a_conversation(folders: AdapterFolders, terminal: Terminal) -> None:
     """Two questions, a switch and a score; each reply against the model loaded alone, each score against transformers."""
-    first, query, reply = expected(lineup, lineup.sft, ["你好 tea?"], 1)
+    first, query, reply = expected(folders, folders.sft, ["你好 tea?"], 1)
     assert terminal.ask("你好 tea?") == chat.printable(first) + "\n"
-    assert terminal.ask("/score") == f"SFT: {score_of(lineup, query, reply):.3f}\n"
+    assert terminal.ask("/score") == f"SFT: {score_of(folders, query, reply):.3f}\n"
 
     assert terminal.ask("/adapter v1.5") == ""
-    second, _, _ = expected(lineup, lineup.ppo, ["你好 tea?", first.strip(), "dogs"], 2)
+    second, _, _ = expected(folders, folders.ppo, ["你好 tea?", first.strip(), "dogs"], 2)
     assert terminal.ask("dogs") == chat.printable(second) + "\n"
     assert terminal.ask("/adapter") == "models: base, SFT, v1.5 (now)\n"
     assert terminal.ask("/adapter none") == "there is no none\nmodels: base, SFT, v1.5 (now)\n"
@@ -123,23 +124,23 @@ def test_a_conversation(lineup: Lineup, terminal: Terminal) -> None:
     assert terminal.ask("/new") == ""
     assert terminal.ask("/score") == "nothing to score yet; ask something first\n"
     assert terminal.ask("/all") == "ask something first, or write /all TEXT\n"
-    third, _, _ = expected(lineup, lineup.ppo, ["dogs"], 3)
+    third, _, _ = expected(folders, folders.ppo, ["dogs"], 3)
     assert terminal.ask("dogs") == chat.printable(third) + "\n"
     os.write(terminal.master, b"/quit\n")
     assert terminal.close() == 0
 
 
-def test_all_models_answer(lineup: Lineup, terminal: Terminal) -> None:
-    models = {"base": None, "SFT": lineup.sft, "v1.5": lineup.ppo}
+def test_all_models_answer(folders: AdapterFolders, terminal: Terminal) -> None:
+    models = {"base": None, "SFT": folders.sft, "v1.5": folders.ppo}
     assert terminal.ask("/all") == "ask something first, or write /all TEXT\n"
     assert terminal.ask("/score") == "nothing to score yet; ask something first\n"
-    texts = {name: expected(lineup, path, ["rice?"], 1)[0] for name, path in models.items()}
+    texts = {name: expected(folders, path, ["rice?"], 1)[0] for name, path in models.items()}
     assert len(set(texts.values())) == 3, "models that say the same prove nothing"
     shown = "".join(f"--- {name}\n{chat.printable(text)}\n" for name, text in texts.items())
     assert terminal.ask("/all rice?") == shown
     assert re.fullmatch(r"base: -?\d+\.\d{3}\nSFT: -?\d+\.\d{3}\nv1\.5: -?\d+\.\d{3}\n", terminal.ask("/score"))
     assert terminal.ask("/all") == shown  # the same question again, as if it had not been asked before
-    follow_up, _, _ = expected(lineup, lineup.sft, ["rice?", texts["SFT"].strip(), "soup"], 2)
+    follow_up, _, _ = expected(folders, folders.sft, ["rice?", texts["SFT"].strip(), "soup"], 2)
     assert terminal.ask("soup") == chat.printable(follow_up) + "\n"  # the dialogue holds the current model's reply
     os.write(terminal.master, b"\x04")  # Ctrl-D
     assert terminal.close() == 0
@@ -156,27 +157,29 @@ def test_help_and_mistakes_do_not_end_the_chat(terminal: Terminal) -> None:
     assert terminal.close() == 0
 
 
-def session(lineup: Lineup, longest: int = 200) -> chat.Session:
+def session(folders: AdapterFolders, longest: int = 200) -> chat.Session:
     """A session with the bare base alone."""
     tokenizer = make_tokenizer()
-    model = PeftModel.from_pretrained(load_with_jobs(lineup.base), lineup.sft)
-    sampling = answer_sampling(tokenizer, LENGTH)
-    return chat.Session(Talkers(model, tokenizer, TEMPLATE, {"base": sampling}, longest, {"base": []}, seed=0), "base")
+    model = PeftModel.from_pretrained(load_with_jobs(folders.base), folders.sft)
+    sampling = default_sampling(tokenizer, LENGTH)
+    return chat.Session(
+        ChatModels(model, tokenizer, TEMPLATE, {"base": []}, {"base": sampling}, longest, seed=0), "base"
+    )
 
 
-def test_the_oldest_turns_are_dropped(lineup: Lineup) -> None:
-    talk = session(lineup, longest=40)
+def test_the_oldest_turns_are_dropped(folders: AdapterFolders) -> None:
+    talk = session(folders, longest=40)
     talk.turns = [{"role": r, "content": r * 3} for r in ("user", "assistant")] + [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
     ]
-    talk.turns, query = talk.talkers.encode(talk.turns, "c")
-    assert talk.talkers.tokenizer.decode(query) == "Q: a\nA:b\n\nQ: c\nA:"
+    talk.turns, query = talk.models.encode_dialogue(talk.turns, "c")
+    assert talk.models.tokenizer.decode(query) == "Q: a\nA:b\n\nQ: c\nA:"
     assert [turn["content"] for turn in talk.turns] == ["a", "b"]
 
 
-def test_an_interrupted_reply_is_forgotten(lineup: Lineup, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    talk = session(lineup)
+def test_an_interrupted_reply_is_forgotten(folders: AdapterFolders, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    talk = session(folders)
     talk.obey("first")
     before = talk.turns
     lines = iter(["second", "/quit"])
@@ -185,19 +188,19 @@ def test_an_interrupted_reply_is_forgotten(lineup: Lineup, monkeypatch: pytest.M
     def interrupted(self: chat.Session, name: str, query: list[int]) -> list[int]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat.Session, "reply", interrupted)
+    monkeypatch.setattr(chat.Session, "generate", interrupted)
     chat.converse(talk)
     assert talk.turns == before
     assert talk.last == []
     assert "(stopped" in capsys.readouterr().out
 
 
-def test_without_a_reward_model(lineup: Lineup, capsys: pytest.CaptureFixture[str]) -> None:
-    session(lineup).obey("/score")
+def test_without_a_reward_model(folders: AdapterFolders, capsys: pytest.CaptureFixture[str]) -> None:
+    session(folders).obey("/score")
     assert capsys.readouterr().out == "there is no reward model; start with --reward_model_lora_path FOLDER\n"
 
 
-def test_tokens_are_streamed_one_by_one(lineup: Lineup) -> None:
+def test_tokens_are_streamed_one_by_one(folders: AdapterFolders) -> None:
     """The streamer gets the prompt, then every token alone, before the reply is returned."""
 
     class Recorder(BaseStreamer):
@@ -212,8 +215,8 @@ def test_tokens_are_streamed_one_by_one(lineup: Lineup) -> None:
             self.ended = True
 
     recorder = Recorder()
-    sampling = answer_sampling(make_tokenizer(), LENGTH)
-    model = load_with_jobs(lineup.base)
+    sampling = default_sampling(make_tokenizer(), LENGTH)
+    model = load_with_jobs(folders.base)
     (reply,) = sample_replies(model, [[5, 6, 7]], [0], sampling, recorder)
     assert recorder.pieces == [[5, 6, 7], *([token] for token in reply)]
     assert recorder.ended
@@ -229,16 +232,16 @@ def test_a_reply_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out == "a [31mred 2J\n\t好 😀 end\n"
 
 
-def test_mistakes_are_one_line(lineup: Lineup, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_mistakes_are_one_line(folders: AdapterFolders, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     cases = [
         (["--adapters"], "expected at least one argument"),
-        (["--adapters", f"SFT={lineup.reward}"], "is a reward adapter"),
-        (["--adapters", f"SFT={lineup.sft}", "--reward_model_lora_path", lineup.sft], "holds no score head"),
-        (["--adapters", f"SFT={lineup.sft}", "--output_max_length", "256"], "leaves no room for a prompt"),
-        (["--adapters", f"SFT={lineup.sft}", "--port", "0"], "--port is 0; give a number from 1 to 65535"),
+        (["--adapters", f"SFT={folders.reward}"], "is a reward adapter"),
+        (["--adapters", f"SFT={folders.sft}", "--reward_model_lora_path", folders.sft], "holds no score head"),
+        (["--adapters", f"SFT={folders.sft}", "--output_max_length", "256"], "leaves no room for a prompt"),
+        (["--adapters", f"SFT={folders.sft}", "--port", "0"], "--port is 0; give a number from 1 to 65535"),
     ]
     for words, message in cases:
-        monkeypatch.setattr(sys, "argv", ["chat.py", "--base_model_name", lineup.base, *words])
+        monkeypatch.setattr(sys, "argv", ["chat.py", "--base_model_name", folders.base, *words])
         with pytest.raises(SystemExit) as stop:
             run_script(chat.main)
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -247,7 +250,7 @@ def test_mistakes_are_one_line(lineup: Lineup, monkeypatch: pytest.MonkeyPatch, 
         assert message in errors[0]
 
 
-def test_a_reply_on_the_page_can_be_stopped(lineup: Lineup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_on_the_page_can_be_stopped(folders: AdapterFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for the rest: the sampling ends too, the lock is free, and the model remembers nothing of it."""
     put, drawn = web_chat.Stream.put, []
 
@@ -257,56 +260,52 @@ def test_a_reply_on_the_page_can_be_stopped(lineup: Lineup, monkeypatch: pytest.
         time.sleep(0.02)  # else the other thread is through before the first piece is read
 
     monkeypatch.setattr(web_chat.Stream, "put", slow)
-    sampling = answer_sampling(make_tokenizer(), 200, temperature=3.0)
-    talkers = replace(session(lineup).talkers, samplings={"base": sampling})
-    lock, columns = threading.Lock(), {"base": web_chat.Column()}
-
-    def asked() -> Iterator[None]:
-        return web_chat.answer_all(talkers, lock, "rice?", ["base"], columns, 1)
-
-    assert len(list(asked())) > 10
+    sampling = default_sampling(make_tokenizer(), 200, temperature=3.0)
+    models = replace(session(folders).models, samplings={"base": sampling})
+    page = web_chat.WebChat(models)
+    assert len(list(page.ask("rice?", ["base"], web_chat.Visitor(page.fresh_columns())))) > 10
     whole = len(drawn)
     drawn.clear()
-    columns["base"] = web_chat.Column()
-    growing = asked()
+    visitor = web_chat.Visitor(page.fresh_columns())
+    growing = page.ask("rice?", ["base"], visitor)
     next(growing)
     growing.close()
     assert 0 < len(drawn) < whole / 2
-    assert not lock.locked()
-    assert columns["base"].turns == []
+    assert not page.lock.locked()
+    assert visitor.columns["base"].turns == []
 
 
-def test_only_one_model_works_at_a_time(lineup: Lineup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_model_works_at_a_time(folders: AdapterFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them share one base and its switches; the visitors' questions come from several threads."""
-    talkers, lock, drawn = session(lineup).talkers, threading.Lock(), []
-    monkeypatch.setattr(Talkers, "can_score", True)
-    monkeypatch.setattr(Talkers, "score", lambda self, query, reply: 1.25)
+    page, drawn = web_chat.WebChat(session(folders).models), []
+    monkeypatch.setattr(ChatModels, "can_score", True)
+    monkeypatch.setattr(ChatModels, "score", lambda self, queries, responses: [1.25])
     put = web_chat.Stream.put
     monkeypatch.setattr(web_chat.Stream, "put", lambda self, value: (drawn.append(value), put(self, value)))
-    columns = {"base": web_chat.Column()}
-    asking = threading.Thread(target=lambda: list(web_chat.answer_all(talkers, lock, "tea?", ["base"], columns, 1)))
-    with lock:
+    visitor = web_chat.Visitor(page.fresh_columns())
+    asking = threading.Thread(target=lambda: list(page.ask("tea?", ["base"], visitor)))
+    with page.lock:
         asking.start()
         time.sleep(0.3)
         assert drawn == []
     asking.join(60)
-    ((question, text, note),) = columns["base"].shown
+    ((question, text, note),) = visitor.columns["base"].shown
     assert (question, len(text) > 0) == ("tea?", True)
     assert re.fullmatch(r"score 1\.250 · \d+ tokens", note)
 
 
-def test_an_error_of_the_sampler_reaches_the_page(lineup: Lineup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_sampler_reaches_the_page(folders: AdapterFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is raised in another thread, while the page waits for the next piece of the reply."""
 
     def fails(*args: object) -> list[int]:
         raise RunError("NaN in the logits")
 
-    monkeypatch.setattr(Talkers, "reply", fails)
-    talkers, seen = session(lineup).talkers, []
+    monkeypatch.setattr(ChatModels, "generate_ids", fails)
+    page, seen = web_chat.WebChat(session(folders).models), []
 
     def ask() -> None:
         try:
-            list(web_chat.answer_all(talkers, threading.Lock(), "tea?", ["base"], {"base": web_chat.Column()}, 1))
+            list(page.ask("tea?", ["base"], web_chat.Visitor(page.fresh_columns())))
         except RunError as error:
             seen.append(str(error))
 
@@ -334,11 +333,11 @@ def test_a_stopped_reply_says_so() -> None:
     assert columns["half"].shown == [("q", "half", "note"), ("q", "half a rep", "stopped, and forgotten")]
 
 
-def test_the_page_without_gradio_is_one_line(lineup: Lineup, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_the_page_without_gradio_is_one_line(folders: AdapterFolders, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """tests/browser/check_web.py has the page itself."""
     monkeypatch.setitem(sys.modules, "gradio", None)  # what Python takes for a package that cannot be imported
     monkeypatch.setattr(
-        sys, "argv", ["chat.py", "--base_model_name", lineup.base, "--adapters", f"SFT={lineup.sft}", "--web"]
+        sys, "argv", ["chat.py", "--base_model_name", folders.base, "--adapters", f"SFT={folders.sft}", "--web"]
     )
     with pytest.raises(SystemExit) as stop:
         run_script(chat.main)

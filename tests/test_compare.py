@@ -1,4 +1,4 @@
-"""compare.py: every model answers as it would alone, the figures are right, and no text breaks out of its table cell."""
+"""compare.py: every model responds as it would alone, the figures are right, and no text breaks out of its table cell."""
 
 import hashlib
 import json
@@ -17,18 +17,18 @@ from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 import compare
 from inference.side_by_side import (
-    Reply,
+    Response,
+    adapter_samplings,
     agreed_template,
-    answer_sampling,
-    answer_samplings,
+    prompt_seed,
     read_named_adapters,
-    reply_seed,
 )
 from rewards.reward_card import wilson_interval
+from rollout.distribution import default_sampling
 from rollout.sampler import sample_replies
+from tests.adapter_folders import TEMPLATE, AdapterFolders, make_adapter_folders, write_run
 from tests.conftest import make_tokenizer, save_base, write_rows
 from tests.helpers import load_with_jobs, save_sft
-from tests.lineup import TEMPLATE, Lineup, make_lineup, write_run
 from tests.pages import Page
 from utils.adapters import read_adapter
 from utils.console import InputError, run_script
@@ -39,12 +39,12 @@ PROMPTS = ["What is tea?", "你好", NASTY, "dogs", "the cat sat on the mat"]
 
 
 @pytest.fixture(scope="module")
-def lineup(tmp_path_factory: pytest.TempPathFactory) -> Lineup:
-    return make_lineup(tmp_path_factory.mktemp("lineup"))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> AdapterFolders:
+    return make_adapter_folders(tmp_path_factory.mktemp("folders"))
 
 
-def run_compare(monkeypatch: pytest.MonkeyPatch, lineup: Lineup, output: Path, *more: str) -> list[dict]:
-    words = ["--base_model_name", lineup.base, "--adapters", f"SFT={lineup.sft}", f"v1.5 (16)={lineup.ppo}"]
+def run_compare(monkeypatch: pytest.MonkeyPatch, folders: AdapterFolders, output: Path, *more: str) -> list[dict]:
+    words = ["--base_model_name", folders.base, "--adapters", f"SFT={folders.sft}", f"v1.5 (16)={folders.ppo}"]
     words += ["--output_dir", str(output), "--output_max_length", "12", *more]
     monkeypatch.setattr(sys, "argv", ["compare.py", *words])
     compare.main()
@@ -52,32 +52,32 @@ def run_compare(monkeypatch: pytest.MonkeyPatch, lineup: Lineup, output: Path, *
 
 
 @pytest.fixture(scope="module")
-def outcome(lineup: Lineup, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+def outcome(folders: AdapterFolders, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     """One run with a reward model, in batches of two."""
     folder = tmp_path_factory.mktemp("outcome")
     prompts = write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     with pytest.MonkeyPatch.context() as patch:
-        more = ("--prompts", prompts, "--reward_model_lora_path", lineup.reward, "--batch_size", "2")
-        return folder / "out", run_compare(patch, lineup, folder / "out", *more)
+        more = ("--prompts", prompts, "--reward_model_lora_path", folders.reward, "--batch_size", "2")
+        return folder / "out", run_compare(patch, folders, folder / "out", *more)
 
 
 # ---- Replies and scores ----
 
 
-def test_each_model_replies_as_it_does_alone(lineup: Lineup, outcome: tuple[Path, list[dict]]) -> None:
+def test_each_model_replies_as_it_does_alone(folders: AdapterFolders, outcome: tuple[Path, list[dict]]) -> None:
     """Base and adapters loaded one at a time by plain PEFT give the replies that they gave side by side."""
     tokenizer = make_tokenizer()
     alone = {
-        "base": load_with_jobs(lineup.base),
-        "SFT": PeftModel.from_pretrained(load_with_jobs(lineup.base), lineup.sft),
-        "v1.5 (16)": PeftModel.from_pretrained(load_with_jobs(lineup.base), lineup.ppo),
+        "base": load_with_jobs(folders.base),
+        "SFT": PeftModel.from_pretrained(load_with_jobs(folders.base), folders.sft),
+        "v1.5 (16)": PeftModel.from_pretrained(load_with_jobs(folders.base), folders.ppo),
     }
     rows = outcome[1]
     assert [(row["prompt"], row["model"]) for row in rows] == [(p, name) for p in PROMPTS for name in alone]
     for row in rows:
         digest = hashlib.sha256(f"0 {row['prompt']}".encode()).hexdigest()
         query = encode_prompt(row["prompt"], TEMPLATE, tokenizer)
-        sampling = answer_sampling(tokenizer, 12)
+        sampling = default_sampling(tokenizer, 12)
         (reply,) = sample_replies(alone[row["model"]], [query], [int(digest[:16], 16) // 2], sampling)
         assert row["response"] == tokenizer.decode(reply, skip_special_tokens=True).strip()
         assert row["length"] == len(reply)
@@ -87,19 +87,19 @@ def test_each_model_replies_as_it_does_alone(lineup: Lineup, outcome: tuple[Path
 
 
 def test_a_policy_that_may_say_nothing_is_free_to(
-    lineup: Lineup, outcome: tuple[Path, list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: AdapterFolders, outcome: tuple[Path, list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run with --begin_suppress_tokens none ended with 80% empty replies in its own log and with none in a comparison,
     which kept every model from an empty reply.  Here the run's first token can be nothing but EOS.
     """
     tokenizer = make_tokenizer()
-    free = Path(shutil.copytree(lineup.ppo, tmp_path / "free"))
+    free = Path(shutil.copytree(folders.ppo, tmp_path / "free"))
     run = json.loads((free / "run.json").read_text(encoding="utf-8"))
     others = ",".join(str(token) for token in range(len(tokenizer)) if token != tokenizer.eos_token_id)
     run["arguments"] = {"begin_suppress_tokens": others}
     (free / "run.json").write_text(json.dumps(run), encoding="utf-8")
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
-    rows = run_compare(monkeypatch, lineup._replace(ppo=str(free)), tmp_path / "out", "--prompts", prompts)
+    rows = run_compare(monkeypatch, folders._replace(ppo=str(free)), tmp_path / "out", "--prompts", prompts)
     assert [(row["response"], row["length"]) for row in rows if row["model"] == "v1.5 (16)"] == [("", 1)] * len(PROMPTS)
 
     def of_the_others(rows: list[dict]) -> list[str]:
@@ -119,24 +119,24 @@ def test_a_policy_that_may_say_nothing_is_free_to(
         ({"arguments": {"begin_suppress_tokens": "7, 8"}}, {7, 8}),
     ],
 )
-def test_first_tokens_as_the_run_had_them(lineup: Lineup, run: dict, banned: set[int]) -> None:
+def test_first_tokens_as_the_run_had_them(folders: AdapterFolders, run: dict, banned: set[int]) -> None:
     tokenizer = make_tokenizer()
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
-    samplings = answer_samplings({"PPO": replace(read_adapter(lineup.ppo, "--adapters"), run=run)}, tokenizer, 12)
+    samplings = adapter_samplings({"PPO": replace(read_adapter(folders.ppo, "--adapters"), run=run)}, tokenizer, 12)
     assert {name: set(sampling.begin_suppress_tokens) for name, sampling in samplings.items()} == {
         "base": {0, 2},
         "PPO": banned,
     }
 
 
-def test_temperature_0_takes_the_likeliest_token(lineup: Lineup, tmp_path: Path, monkeypatch) -> None:
+def test_temperature_0_takes_the_likeliest_token(folders: AdapterFolders, tmp_path: Path, monkeypatch) -> None:
     """Whatever the seed; against the greedy search of transformers, one prompt at a time."""
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     words = ("--prompts", prompts, "--temperature", "0", "--seed")
-    rows = run_compare(monkeypatch, lineup, tmp_path / "out", *words, "1")
-    assert run_compare(monkeypatch, lineup, tmp_path / "again", *words, "2") == rows
+    rows = run_compare(monkeypatch, folders, tmp_path / "out", *words, "1")
+    assert run_compare(monkeypatch, folders, tmp_path / "again", *words, "2") == rows
     tokenizer = make_tokenizer()
-    model = PeftModel.from_pretrained(load_with_jobs(lineup.base), lineup.sft)
+    model = PeftModel.from_pretrained(load_with_jobs(folders.base), folders.sft)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     greedy = GenerationConfig(
         max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=pad, begin_suppress_tokens=[eos, pad]
@@ -149,32 +149,32 @@ def test_temperature_0_takes_the_likeliest_token(lineup: Lineup, tmp_path: Path,
         assert row["length"] == len(reply)
 
 
-def test_score_is_the_reward_models(lineup: Lineup, outcome: tuple[Path, list[dict]]) -> None:
+def test_score_is_the_reward_models(folders: AdapterFolders, outcome: tuple[Path, list[dict]]) -> None:
     """Against the sequence classifier of transformers with the reward adapter, one reply at a time, no padding."""
-    base = AutoModelForSequenceClassification.from_pretrained(lineup.base, num_labels=1, dtype=torch.float32)
-    judge = PeftModel.from_pretrained(base, lineup.reward).eval()
+    base = AutoModelForSequenceClassification.from_pretrained(folders.base, num_labels=1, dtype=torch.float32)
+    judge = PeftModel.from_pretrained(base, folders.reward).eval()
     tokenizer = make_tokenizer()
     row = next(row for row in outcome[1] if row["model"] == "SFT" and 1 < row["length"] < 12)  # it ended with EOS
     query = encode_prompt(row["prompt"], TEMPLATE, tokenizer)
-    seed = reply_seed(0, row["prompt"])
-    sft = PeftModel.from_pretrained(load_with_jobs(lineup.base), lineup.sft)
-    (reply,) = sample_replies(sft, [query], [seed], answer_sampling(tokenizer, 12))
+    seed = prompt_seed(0, row["prompt"])
+    sft = PeftModel.from_pretrained(load_with_jobs(folders.base), folders.sft)
+    (reply,) = sample_replies(sft, [query], [seed], default_sampling(tokenizer, 12))
     with torch.no_grad():
         expected = float(judge(input_ids=torch.tensor([[*query, *reply]])).logits)
     assert row["score"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_reply_depends_on_seed_and_prompt_alone(
-    lineup: Lineup, outcome: tuple[Path, list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: AdapterFolders, outcome: tuple[Path, list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def replies(rows: list[dict]) -> dict[tuple[str, str], str]:
         return {(row["prompt"], row["model"]): row["response"] for row in rows}
 
     turned = write_rows(tmp_path / "turned.jsonl", [{"prompt": prompt} for prompt in PROMPTS[::-1]])
-    again = run_compare(monkeypatch, lineup, tmp_path / "again", "--prompts", turned, "--batch_size", "5")
+    again = run_compare(monkeypatch, folders, tmp_path / "again", "--prompts", turned, "--batch_size", "5")
     assert replies(again) == replies(outcome[1])
     assert {row["score"] for row in again} == {None}
-    other = run_compare(monkeypatch, lineup, tmp_path / "other", "--prompts", turned, "--seed", "1")
+    other = run_compare(monkeypatch, folders, tmp_path / "other", "--prompts", turned, "--seed", "1")
     assert replies(other) != replies(outcome[1])
     page = (tmp_path / "again" / "compare.html").read_text(encoding="utf-8")
     assert "score" not in page, "no column of a reward model that is not there"
@@ -196,17 +196,17 @@ def test_prompts_from_file_lines_or_text(tmp_path: Path, capsys: pytest.CaptureF
             compare.read_prompts(str(tmp_path / missing))
 
 
-def test_max_prompts_takes_the_first(lineup: Lineup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_prompts_takes_the_first(folders: AdapterFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("one\n\none\ntwo\nthree\n", encoding="utf-8")
-    rows = run_compare(monkeypatch, lineup, tmp_path / "out", "--prompts", str(lines), "--max_prompts", "2")
+    rows = run_compare(monkeypatch, folders, tmp_path / "out", "--prompts", str(lines), "--max_prompts", "2")
     assert [row["prompt"] for row in rows[::3]] == ["one", "two"]
 
 
-def test_max_tables_shows_the_first_and_counts_all(lineup: Lineup, tmp_path: Path, monkeypatch) -> None:
+def test_max_tables_shows_the_first_and_counts_all(folders: AdapterFolders, tmp_path: Path, monkeypatch) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("one\ntwo\nthree\n", encoding="utf-8")
-    rows = run_compare(monkeypatch, lineup, tmp_path / "out", "--prompts", str(lines), "--max_tables", "2")
+    rows = run_compare(monkeypatch, folders, tmp_path / "out", "--prompts", str(lines), "--max_tables", "2")
     assert [row["prompt"] for row in rows[::3]] == ["one", "two", "three"]
     summary, *tables = Page((tmp_path / "out/compare.html").read_text(encoding="utf-8")).tables
     assert [table[0][1] for table in tables] == ["one", "two"]
@@ -239,8 +239,8 @@ def test_win_rate_by_hand() -> None:
 
 def test_summary_by_hand() -> None:
     """EOS (2) counts in the length, as everywhere, and not in the distinct tokens."""
-    first = compare.Answers("SFT", [Reply([5, 6, 2], "ab", 1.0), Reply([5, 5, 2], "aa", 0.0)])
-    second = compare.Answers("PPO", [Reply([7, 2], "", 3.0), Reply([5, 6, 7, 8], "abcd", -1.0)])
+    first = compare.ModelResponses("SFT", [Response([5, 6, 2], "ab", 1.0), Response([5, 5, 2], "aa", 0.0)])
+    second = compare.ModelResponses("PPO", [Response([7, 2], "", 3.0), Response([5, 6, 7, 8], "abcd", -1.0)])
     summary = compare.summarise(second, first, eos_token_id=2)
     assert summary[:6] == ("PPO", 1.0, 3.0, 4 / 5, 1.0, 0.5)
     assert summary.wins[0] == 0.5
@@ -261,13 +261,13 @@ def test_markdown_cells_hold_any_text() -> None:
     )
 
 
-def test_html_shows_every_text_as_it_is(lineup: Lineup, outcome: tuple[Path, list[dict]]) -> None:
+def test_html_shows_every_text_as_it_is(folders: AdapterFolders, outcome: tuple[Path, list[dict]]) -> None:
     folder, rows = outcome
     text = (folder / "compare.html").read_text(encoding="utf-8")
     page = Page(text)
     assert "script" not in page.tags
-    assert f"5 prompts; base {lineup.base}; temperature 1.0, at most 12 tokens a reply, seed 0" in text
-    assert f"scores from {lineup.reward}</p>" in text
+    assert f"5 prompts; base {folders.base}; temperature 1.0, at most 12 tokens a reply, seed 0" in text
+    assert f"scores from {folders.reward}</p>" in text
     assert re.search("https?://", text) is None
     summary, *tables = page.tables
     assert [row[0] for row in summary] == ["model", "base", "SFT", "v1.5 (16)"]
@@ -289,27 +289,27 @@ def test_markdown_has_a_row_a_model_in_each_table(outcome: tuple[Path, list[dict
 
 
 def test_mistakes_are_one_line(
-    lineup: Lineup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folders: AdapterFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = save_base(tmp_path / "other", seed=1)
     other_sft = save_sft(other, tmp_path / "other_sft")
     write_run(other_sft, other)
-    template = shutil.copytree(lineup.sft, tmp_path / "template")
-    write_run(str(template), lineup.base, "{prompt}!")
+    template = shutil.copytree(folders.sft, tmp_path / "template")
+    write_run(str(template), folders.base, "{prompt}!")
     used = tmp_path / "used"
     used.mkdir()
     (used / "mine.txt").write_text("precious")
-    good = f"SFT={lineup.sft}"
+    good = f"SFT={folders.sft}"
     cases = [
         (["--adapters", "SFT"], "is not NAME=FOLDER"),
         (["--adapters", good, good], "given twice"),
-        (["--adapters", f"base={lineup.sft}"], "the bare base's"),
+        (["--adapters", f"base={folders.sft}"], "the bare base's"),
         (["--adapters", f"SFT={tmp_path / 'none'}"], "no adapter_config.json"),
-        (["--adapters", f"SFT={lineup.reward}"], "is a reward adapter"),
+        (["--adapters", f"SFT={folders.reward}"], "is a reward adapter"),
         (["--adapters", f"SFT={other_sft}"], "was trained on the base"),
         (["--adapters", good, f"B={template}"], "give adapters of one template"),
         (["--adapters", good, "--prompt_template", "{prompt}?"], "was trained with the prompt template"),
-        (["--adapters", good, "--reward_model_lora_path", lineup.sft], "holds no score head"),
+        (["--adapters", good, "--reward_model_lora_path", folders.sft], "holds no score head"),
         (["--adapters", good, "--output_dir", str(used)], "is not empty"),
         (["--adapters", good, "--temperature", "-1"], "have to be above 0"),
         (["--adapters", good, "--batch_size", "0"], "--batch_size is 0"),
@@ -322,7 +322,7 @@ def test_mistakes_are_one_line(
     for words, message in cases:
         output = tmp_path / "output"
         monkeypatch.setattr(
-            sys, "argv", ["compare.py", "--base_model_name", lineup.base, "--output_dir", str(output), *words]
+            sys, "argv", ["compare.py", "--base_model_name", folders.base, "--output_dir", str(output), *words]
         )
         with pytest.raises(SystemExit) as stop:
             run_script(compare.main)
@@ -334,16 +334,18 @@ def test_mistakes_are_one_line(
     assert [path.name for path in used.iterdir()] == ["mine.txt"]
 
 
-def test_template_of_adapters_trained_elsewhere(lineup: Lineup, tmp_path: Path) -> None:
+def test_template_of_adapters_trained_elsewhere(folders: AdapterFolders, tmp_path: Path) -> None:
     """Without any run.json the argument decides; one run.json is enough to know."""
-    bare = shutil.copytree(lineup.sft, tmp_path / "bare", ignore=shutil.ignore_patterns("run.json"))
+    bare = shutil.copytree(folders.sft, tmp_path / "bare", ignore=shutil.ignore_patterns("run.json"))
     args = SimpleNamespace(prompt_template="{prompt}=", template_given=False)
     assert agreed_template(args, read_named_adapters([f"a={bare}"])) == "{prompt}="
-    assert agreed_template(args, read_named_adapters([f"a={bare}", f"b={lineup.sft}"])) == TEMPLATE
+    assert agreed_template(args, read_named_adapters([f"a={bare}", f"b={folders.sft}"])) == TEMPLATE
 
 
-def test_prompts_that_do_not_fit_are_dropped(lineup: Lineup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_do_not_fit_are_dropped(
+    folders: AdapterFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tiny base has 256 positions; 240 of them are the reply's."""
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "x" * 100}, {"prompt": "tea"}])
-    rows = run_compare(monkeypatch, lineup, tmp_path / "out", "--prompts", prompts, "--output_max_length", "240")
+    rows = run_compare(monkeypatch, folders, tmp_path / "out", "--prompts", prompts, "--output_max_length", "240")
     assert {row["prompt"] for row in rows} == {"tea"}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.adapter_folders import LENGTH, AdapterFolders, expected, make_adapter_folders, score_of
 from tests.browser.chromium import Browser, contrast, luminance
-from tests.lineup import LENGTH, Lineup, expected, make_lineup, score_of
 from utils.console import printable
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -71,8 +71,8 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def lineup(tmp_path_factory: pytest.TempPathFactory) -> Lineup:
-    return make_lineup(tmp_path_factory.mktemp("lineup"))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> AdapterFolders:
+    return make_adapter_folders(tmp_path_factory.mktemp("folders"))
 
 
 def free_port() -> int:
@@ -81,9 +81,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(lineup: Lineup, *more: str) -> tuple[subprocess.Popen, str]:
+def start(folders: AdapterFolders, *more: str) -> tuple[subprocess.Popen, str]:
     """chat.py --web, and the line that it says when the page is there."""
-    words = ["--base_model_name", lineup.base, "--adapters", f"SFT={lineup.sft}", f"v1.5={lineup.ppo}", "--web", *more]
+    words = [
+        "--base_model_name",
+        folders.base,
+        "--adapters",
+        f"SFT={folders.sft}",
+        f"v1.5={folders.ppo}",
+        "--web",
+        *more,
+    ]
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     program = subprocess.Popen(
         [sys.executable, str(ROOT / "chat.py"), *words], stderr=subprocess.PIPE, text=True, env=environment
@@ -98,11 +106,11 @@ def end(program: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def address(lineup: Lineup) -> Iterator[str]:
+def address(folders: AdapterFolders) -> Iterator[str]:
     """Where the program's page is."""
     port = free_port()
-    limits = ["--port", str(port), "--output_max_length", str(LENGTH), "--reward_model_lora_path", lineup.reward]
-    program, said = start(lineup, *limits)
+    limits = ["--port", str(port), "--output_max_length", str(LENGTH), "--reward_model_lora_path", folders.reward]
+    program, said = start(folders, *limits)
     assert f"with base, SFT, v1.5 at http://127.0.0.1:{port}; Ctrl-C ends it" in said
     yield f"http://127.0.0.1:{port}"
     end(program)
@@ -121,17 +129,17 @@ def page(address: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterat
     assert all(request.startswith((address, "data:", "about:")) for request in requests), requests
 
 
-def test_models_answer_side_by_side(lineup: Lineup, page: Page) -> None:
+def test_models_answer_side_by_side(folders: AdapterFolders, page: Page) -> None:
     """Two questions to three models, against each of them loaded alone: texts, lengths and scores."""
     questions = ("rice?", "dogs")
     for question in questions:
         page.ask(question, "score")
     columns = page.columns()
-    for shown, path in zip(columns, (None, lineup.sft, lineup.ppo), strict=True):
+    for shown, path in zip(columns, (None, folders.sft, folders.ppo), strict=True):
         dialogue: list[str] = []
         for number, question in enumerate(questions):
-            text, query, reply = expected(lineup, path, [*dialogue, question], number + 1)
-            note = f"score {score_of(lineup, query, reply):.3f} · {len(reply)} tokens"
+            text, query, reply = expected(folders, path, [*dialogue, question], number + 1)
+            note = f"score {score_of(folders, query, reply):.3f} · {len(reply)} tokens"
             assert shown[3 * number : 3 * number + 3] == [question, printable(text.strip()), note]
             dialogue += [question, text.strip()]
     assert len({shown[1] for shown in columns}) == 3, "models that say the same prove nothing"
@@ -186,10 +194,10 @@ def test_a_question_that_is_too_long_is_a_message(page: Page) -> None:
     page.ask("dogs", "score")
 
 
-def test_stop_ends_the_sampling(lineup: Lineup, tmp_path: Path) -> None:
+def test_stop_ends_the_sampling(folders: AdapterFolders, tmp_path: Path) -> None:
     """A stopped reply is said to be stopped, and the models are free at once for the next question."""
     port = free_port()
-    program, _ = start(lineup, "--port", str(port), "--output_max_length", "230", "--temperature", "3")
+    program, _ = start(folders, "--port", str(port), "--output_max_length", "230", "--temperature", "3")
     browser = Browser(tmp_path / "profile")
     page = Page(browser, f"http://127.0.0.1:{port}")
     for attempt in itertools.count(1):  # a reply may end by itself before the button is pressed
@@ -206,12 +214,12 @@ def test_stop_ends_the_sampling(lineup: Lineup, tmp_path: Path) -> None:
     end(program)
 
 
-def test_mistakes_are_one_line(lineup: Lineup) -> None:
+def test_mistakes_are_one_line(folders: AdapterFolders) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        program, said = start(lineup, "--port", str(port))
+        program, said = start(folders, "--port", str(port))
         assert program.wait(timeout=60) == 2
     assert said.startswith(f"error: port {port} cannot be used")
     assert said.endswith("choose another one with --port\n")
