@@ -484,10 +484,9 @@ def main() -> None:
     dtype, checkpoint = start_stage("reward", model_args, training_args, plan_args.plan)
     if plan_args.plan:
         announce(
-            lambda model, args: reward_plan(model, data_args.max_length, lora_args, args, dtype),
+            lambda: reward_plan(model_args, data_args.max_length, lora_args, training_args, dtype),
             model_args,
             training_args,
-            ["per_device_train_batch_size", "activation_checkpointing", "per_device_eval_batch_size", "load_in_4bit"],
             only_plan=True,
         )
         return

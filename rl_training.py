@@ -690,13 +690,7 @@ def main() -> None:
     check_kind(reward, "--reward_model_lora_path", needs_score_head=True)
     longest_prompt(training_args)
     gold = None if training_args.gold_function is None else load_gold(training_args.gold_function)
-    announce(
-        lambda model, args: ppo_plan(model, args, sft, reward, dtype),
-        model_args,
-        training_args,
-        ["mini_batch_size", "activation_checkpointing", "batch_size", "load_in_4bit"],
-        plan_args.plan,
-    )
+    announce(lambda: ppo_plan(model_args, training_args, sft, reward, dtype), model_args, training_args, plan_args.plan)
     if plan_args.plan:
         return
     set_seed(training_args.seed)

@@ -157,11 +157,7 @@ def main() -> None:
     if plan_args.plan:
         evaluates = data_args.eval_dataset is not None or data_args.eval_fraction > 0
         announce(
-            lambda model, args: sft_plan(model, lora_args, args, dtype, evaluates),
-            model_args,
-            training_args,
-            ["per_device_train_batch_size", "activation_checkpointing", "per_device_eval_batch_size", "load_in_4bit"],
-            only_plan=True,
+            lambda: sft_plan(model_args, lora_args, training_args, dtype, evaluates), model_args, training_args, True
         )
         return
 

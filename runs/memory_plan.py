@@ -19,7 +19,7 @@ import resource
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 from transformers.pytorch_utils import Conv1D
 
 from rewards.reward_model import new_reward_model
-from rollout.distribution import is_plain, logit_rows, vocabulary_tiles
+from rollout.logprobs import logit_bytes
 from rollout.model import assemble_ppo_model
 from utils.adapters import SavedAdapter, new_lora_config
 from utils.arguments import LoraArguments, ModelArguments
@@ -46,6 +46,10 @@ from utils.sharding import loading_whole
 
 FLOAT = 4  # bytes of float32, which adapters, heads, gradients and optimizer state are in
 TRL_TILE = (4096, 32768)  # tokens and vocabulary of one tile in the fused LM head of TRL's SFTTrainer
+SMALLER = {
+    "training": ("per_device_train_batch_size", "activation_checkpointing"),
+    "evaluation": ("per_device_eval_batch_size",),
+}  # stages 1 and 2, see `Plan`
 
 
 class CannotPlan(InputError):
@@ -58,6 +62,7 @@ class Plan:
 
     held: dict[str, int]
     phases: dict[str, dict[str, int]]
+    smaller: dict[str, tuple[str, ...]]  # first word of a phase -> arguments that make it smaller, the cheapest first
 
     @property
     def fullest(self) -> str:
@@ -249,32 +254,9 @@ def sampling_phases(model: PeftModel, rows: int, prompt: int, reply: int, args: 
         "sampling": {
             "KV cache": cache_bytes(base, rows, prompt + reply),
             "activations": repeated,
-            "logits": 4 * rows * vocabulary(base) * FLOAT,
+            "logits": 4 * rows * len(base.get_output_embeddings().weight) * FLOAT,
         },
     }
-
-
-def vocabulary(base: PreTrainedModel) -> int:
-    """Rows of the output embedding, V."""
-    return base.get_output_embeddings().weight.shape[0]
-
-
-def reply_logit_bytes(base: PreTrainedModel, tokens: int, training: bool, device: torch.device) -> int:
-    """The most that `reply_job` holds of the logits of N reply tokens, and of what it makes of them.
-
-    Of a tile [N, C] of the vocabulary at most six tensors: the model's logits, those of the sampler, the derivative of the
-    one by the other and the ones it is made from, the distance to the largest, and a bounded copy.  In training beside them
-    the derivative of each log-prob by its hidden state: three tensors [N, H].
-
-    An output embedding that is trained or not plain goes through n tokens at a time: without gradients five tensors [n, V]
-    (logits, log-probs, probabilities, bounded log-probs, logits of the model); with gradients one more.
-    """
-    head = base.get_output_embeddings()
-    if is_plain(head):
-        columns = max(tile.stop - tile.start for tile in vocabulary_tiles(device, tokens, vocabulary(base)))
-        return (6 * tokens * columns + 3 * training * tokens * hidden_width(base)) * FLOAT
-    rows = min(tokens, logit_rows(device, vocabulary(base)))
-    return (5 + training) * rows * vocabulary(base) * FLOAT
 
 
 def sft_logit_bytes(base: PreTrainedModel, tokens: int, args: TrainingArguments, training: bool) -> int:
@@ -288,7 +270,7 @@ def sft_logit_bytes(base: PreTrainedModel, tokens: int, args: TrainingArguments,
     if args.device.type == "cuda":
         tile = rows * columns * (2 if args.bf16 or args.fp16 else FLOAT)
     else:
-        tile = int((8.25 if training else 4) * rows * min(vocabulary(base), columns) * FLOAT)
+        tile = int((8.25 if training else 4) * rows * min(len(base.get_output_embeddings().weight), columns) * FLOAT)
     return tile + (1 + training) * tokens * hidden_width(base) * FLOAT
 
 
@@ -320,7 +302,7 @@ def sft_plan(
         phases[f"{what}, loss"] = {"activations": others + passes.kept, "logits": logits}
         if training:
             phases[f"{what}, backward"] = {"activations": others + passes.backward}
-    return _plan(model, sizes, args, phases)
+    return _plan(model, sizes, args, phases, SMALLER)
 
 
 def reward_plan(
@@ -342,7 +324,7 @@ def reward_plan(
         "training, backward": {"activations": kept - passes.kept + passes.backward},
         "evaluation": {"activations": scored.forward},
     }
-    return _plan(model, sizes, args, phases)
+    return _plan(model, sizes, args, phases, SMALLER)
 
 
 def ppo_plan(
@@ -369,16 +351,24 @@ def ppo_plan(
         "judging, decoder": {"activations": judged.forward},
         "judging, log-probs": {
             "activations": judged.kept + mini * reply * hidden_width(base) * FLOAT,
-            "logits": reply_logit_bytes(base, mini * reply, False, args.device),
+            "logits": logit_bytes(base, mini * reply, False, args.device),
         },
         "update, forward": {"activations": others + trained.forward},
         "update, log-probs": {
             "activations": others + trained.kept,
-            "logits": reply_logit_bytes(base, mini * reply, True, args.device),
+            "logits": logit_bytes(base, mini * reply, True, args.device),
         },
         "update, backward": {"activations": others + trained.backward},
     }
-    return _plan(model, sizes, args, phases)
+    sampler_rows = ("batch_size",) if rows == args.batch_size else ("per_device_eval_batch_size",)
+    learner_rows = ("mini_batch_size",) if mini == args.mini_batch_size else ()  # else --max_length decides
+    smaller = {
+        "reading prompts": sampler_rows,
+        "sampling": sampler_rows,
+        "judging": learner_rows,
+        "update": (*learner_rows, "activation_checkpointing"),
+    }
+    return _plan(model, sizes, args, phases, smaller)
 
 
 class _Sizes(NamedTuple):
@@ -396,7 +386,13 @@ def _empty(model_args: ModelArguments, dtype: torch.dtype) -> tuple[PreTrainedMo
     return base, _Sizes(base_bytes(base, False), base_bytes(base, four), work)
 
 
-def _plan(model: PeftModel, base: _Sizes, args: TrainingArguments, phases: dict[str, dict[str, int]]) -> Plan:
+def _plan(
+    model: PeftModel,
+    base: _Sizes,
+    args: TrainingArguments,
+    phases: dict[str, dict[str, int]],
+    smaller: dict[str, tuple[str, ...]],
+) -> Plan:
     """The phases with what is held all the time beside them."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     held = {
@@ -409,7 +405,7 @@ def _plan(model: PeftModel, base: _Sizes, args: TrainingArguments, phases: dict[
         held["Python and libraries (measured)"] = resident_bytes()
     if base.work:
         phases = {name: {**parts, "a layer in full precision": base.work} for name, parts in phases.items()}
-    return Plan(held, phases)
+    return Plan(held, phases, smaller)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,62 +461,29 @@ def plan_table(plan: Plan) -> str:
     return "\n".join(f"{name:<{width}}  {gib(size):>10}" for name, size in rows)
 
 
-def changes(model_args: ModelArguments, args: TrainingArguments, names: list[str]) -> Iterator[tuple[str, Any]]:
-    """Settings of these arguments that need less memory than now, the ones that change least first.
-
-    A number goes down over its divisors, --batch_size over those that --mini_batch_size divides; a switch is turned on.
-    """
-    for name in names:
-        now = getattr(model_args if hasattr(model_args, name) else args, name)
-        if now is False:
-            yield name, True
-        elif now is not True:
-            unit = args.mini_batch_size if name == "batch_size" else 1
-            yield from ((name, value) for value in range(now - unit, 0, -unit) if now % value == 0)
-
-
-def advice(
-    make: Callable[[ModelArguments, TrainingArguments], Plan],
-    model_args: ModelArguments,
-    args: TrainingArguments,
-    names: list[str],
-    available: int,
-) -> str:
-    """What to change so that a run fits: one argument, else all of `names` together, else neither is enough.
-
-    make: the plan for given arguments; names: arguments that save memory, in the order to try them in.
-    """
-
-    def needed(settings: list[tuple[str, Any]]) -> int:
-        changed = copy.copy(model_args), copy.copy(args)
-        for name, value in settings:
-            setattr(changed[0] if hasattr(model_args, name) else changed[1], name, value)
-        return make(*changed).peak
-
-    settings = list(changes(model_args, args, names))
-    most = list({name: (name, value) for name, value in settings}.values())  # the last value of each, the smallest
-    for tried in [*([setting] for setting in settings), most]:
-        peak = needed(tried)
-        if peak <= available:
-            words = " ".join(f"--{name} {str(value).lower()}" for name, value in tried)
-            return f"{words} makes it {gib(peak)}"
-    names = [f"--{name}" for name in names]
-    return f"{', '.join(names[:-1])} and {names[-1]} are not enough; take a smaller base or a shorter --max_length"
+def hint(plan: Plan, model_args: ModelArguments, args: TrainingArguments, available: int) -> str:
+    """What makes the fullest phase smaller, what costs the run least first; only what is not at its end already."""
+    options = []
+    if sum(plan.held.values()) < available:  # else no phase is to blame
+        for name in plan.smaller[plan.fullest.partition(",")[0]]:
+            value = getattr(args, name)
+            if value is False:
+                options.append(f"--{name} true")
+            elif value is not True and value > 1:
+                options.append(f"a --{name} below {value}")
+        options.append("a shorter --max_length")
+    if not model_args.load_in_4bit:
+        options.append("--load_in_4bit true")
+    return f"try {', '.join([*options, 'a smaller base'])}, in this order"
 
 
-def announce(
-    make: Callable[[ModelArguments, TrainingArguments], Plan],
-    model_args: ModelArguments,
-    args: TrainingArguments,
-    names: list[str],
-    only_plan: bool,
-) -> None:
+def announce(make: Callable[[], Plan], model_args: ModelArguments, args: TrainingArguments, only_plan: bool) -> None:
     """Print the plan where only a plan was asked for; say in one line that a run will not fit, and what to change.
 
-    make, names: as in `advice`.  Raises InputError for a run that will not fit when only a plan was asked for.
+    Raises InputError for a run that will not fit when only a plan was asked for.
     """
     try:
-        plan = make(model_args, args)
+        plan = make()
     except CannotPlan as error:
         if only_plan:
             raise
@@ -534,8 +497,8 @@ def announce(
     if only_plan:
         print(f"free: {gib(available)}")
     if plan.peak > available:
-        text = f"this run needs about {gib(plan.peak)} and {gib(available)} are free"
-        text += f"; {advice(make, model_args, args, names, available)}"
+        text = f"this run needs about {gib(plan.peak)} (in {plan.fullest}) and {gib(available)} are free; "
+        text += hint(plan, model_args, args, available)
         if only_plan:
             raise InputError(text)
         say(f"warning: {text}")
