@@ -34,25 +34,26 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from reporting.metrics import EVALUATED
 from reporting.plots import draw_curves
 from reporting.progress import IterationLines
-from reporting.trackers import check_trackers, use_grouped_names
+from reporting.trackers import use_grouped_names
 from rewards.gold_function import Gold, load_gold, try_gold
 from rewards.guard import Guard, Limits
 from rewards.scores import ScoreRules, ScoreStatistics, read_statistics
 from rollout.distribution import Sampling, check_output_logits, first_token_ban
-from rollout.experience import OF_POLICY, Collector, Experience, describe, evaluation_measures
+from rollout.experience import OF_POLICY, Collector, Experience, describe, describe_all
 from rollout.logprobs import reply_job
 from rollout.model import assemble_ppo_model, start_critic
 from rollout.policy_files import PolicyFiles
 from rollout.sampler import seed_of
 from rollout.watch import Watch
-from runs.checkpoints import resume_path
 from runs.memory_plan import announce, ppo_plan
 from runs.run_files import RunFiles, run_record
+from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
 from utils import ppo
 from utils.adapters import SavedAdapter, check_adapter, check_kind, read_adapter
@@ -63,8 +64,6 @@ from utils.arguments import (
     PlanArguments,
     check_evaluation,
     check_numbers,
-    check_output_dir,
-    choose_precision,
     default_autocast,
     parse_arguments,
     set_up_ddp,
@@ -73,7 +72,6 @@ from utils.base_model import load_base, load_tokenizer
 from utils.console import InputError, run_script, say
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
 from utils.files import append_jsonl, write_json
-from utils.launch import relaunch_on_all_gpus
 
 TRAINER_NAMES = {  # arguments of the Trainer that PPO has under other names
     "max_steps": "steps",
@@ -520,8 +518,10 @@ class PPOTrainer(ResumableTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Respond to every held-out prompt with fixed seeds, log eval_* measures.  Changes nothing in training."""
-        measures = evaluation_measures(self.respond_to_all(self.eval_dataset, self.state.global_step))
-        metrics = {f"eval_{name}": value for name, value in measures.items()}
+        measures = describe_all(self.respond_to_all(self.eval_dataset, self.state.global_step))
+        metrics = {f"eval_{name}": value for name, value in measures.items() if name in EVALUATED}
+        if "gold_mean" in measures:
+            metrics["eval_gold"] = measures["gold_mean"]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -678,12 +678,7 @@ def main() -> None:
         (ModelArguments, DataArguments, PPOArguments, PlanArguments),
         description="Stage 3: PPO with adapters on one base.",
     )
-    if not plan_args.plan:
-        relaunch_on_all_gpus()
-        check_output_dir(training_args)
-        check_trackers(training_args)
-    checkpoint = resume_path(training_args, "ppo")
-    dtype = choose_precision(model_args, training_args)
+    dtype, checkpoint = start_stage("ppo", model_args, training_args, plan_args.plan)
     sft = read_adapter(training_args.sft_model_lora_path, "--sft_model_lora_path")
     reward = read_adapter(training_args.reward_model_lora_path, "--reward_model_lora_path")
     check_kind(sft, "--sft_model_lora_path", needs_score_head=False)
@@ -693,7 +688,6 @@ def main() -> None:
     announce(lambda: ppo_plan(model_args, training_args, sft, reward, dtype), model_args, training_args, plan_args.plan)
     if plan_args.plan:
         return
-    set_seed(training_args.seed)
 
     # ---- Tokenizer and data ----
     tokenizer = load_tokenizer(model_args)

@@ -34,8 +34,6 @@ OF_POLICY = (
     "false --dtype float32)"
 )
 OF_ADAPTER = "check that adapter, or compute in float32 (--bf16 false --dtype float32)"
-# Measures of an evaluation.
-EVALUATED = ("score_mean", "normalized_score_mean", "kl", "kl_k3", "response_length", "empty_fraction")
 
 
 class Experience(NamedTuple):
@@ -312,16 +310,13 @@ def describe(experience: Experience) -> dict[str, float]:
     }
 
 
-def evaluation_measures(parts: Iterable[Experience]) -> dict[str, float]:
-    """Means over all responses of several batches."""
+def describe_all(parts: Iterable[Experience]) -> dict[str, float]:
+    """Means of `describe` over all responses of several batches."""
     sums: dict[str, float] = {}
     count = 0
     for part in parts:
         rows = len(part.scores)
-        measures = {name: value for name, value in describe(part).items() if name in EVALUATED}
-        if part.gold is not None:
-            measures["gold"] = float(part.gold.mean())
-        sums = {name: sums.get(name, 0.0) + value * rows for name, value in measures.items()}
+        sums = {name: sums.get(name, 0.0) + value * rows for name, value in describe(part).items()}
         count += rows
     return {name: value / count for name, value in sums.items()}
 
