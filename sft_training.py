@@ -8,6 +8,7 @@ it was cut.  TRL's SFTTrainer trains; rows of similar length go through the mode
 adapter_model.safetensors, the tokenizer, run.json and metrics.jsonl to --output_dir.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -81,8 +82,9 @@ class SortedSFTTrainer(ResumableTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        if num_items_in_batch is None:  # evaluation: TRL divides by the tokens of the batch that it sees
-            return super().compute_loss(model, inputs, return_outputs)
+        if num_items_in_batch is None:  # an evaluation
+            share = self.evaluation_tokens * len(inputs["input_ids"])
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=share)
         lengths = inputs["attention_mask"].sum(1)
         loss = torch.zeros((), device=lengths.device)
         for rows in lengths.argsort().split(sft_part_size(len(lengths), lengths.device)):
@@ -90,6 +92,18 @@ class SortedSFTTrainer(ResumableTrainer, SFTTrainer):
             part = {name: values[rows, :longest] for name, values in inputs.items()}
             loss = loss + super().compute_loss(model, part, num_items_in_batch=num_items_in_batch)
         return loss
+
+    @functools.cached_property
+    def evaluation_tokens(self) -> float:
+        """Response tokens of a held-out row, on average: what TRL has to divide the loss of a row by.
+
+        The Trainer takes the mean over rows of the losses of their batches.  With each loss divided by this number and the
+        rows of its batch, that is the mean over all response tokens, whatever --per_device_eval_batch_size is.
+        """
+        labels = self.eval_dataset["labels"]
+        tokens = sum(label != -100 for row in labels for label in row[1:])  # nothing predicts the first
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return tokens / len(labels) * processes  # TRL multiplies by their number
 
     def loop_state(self) -> dict[str, Any]:
         """What TRL counts between two lines of the log is part of a checkpoint."""

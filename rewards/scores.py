@@ -10,6 +10,7 @@ from utils.adapters import SavedAdapter
 from utils.console import InputError, say
 
 FLOOR = 3.0  # standard deviations under the mean score: where a broken response is put, at most
+FLOOR_GAP = 0.5  # and at least so far under the worst sound one
 
 
 class ScoreStatistics(NamedTuple):
@@ -29,28 +30,27 @@ class ScoreRules(NamedTuple):
     floor_broken: bool  # whether broken responses are put at a floor
 
 
-def floor_scores(scores: Tensor, broken: Tensor, statistics: ScoreStatistics) -> Tensor:
-    """Scores with those of broken responses at a floor, [B]: the lowest of the others, and at most mean - 3 std.
+def floor_scores(scores: Tensor, broken: Tensor) -> Tensor:
+    """Normalised scores with those of broken responses at a floor, [B]: below all others, and at most -3.
 
-    scores: float [B], as the reward model gives them; broken: bool [B].
-    One empty response with a lucky score is enough to ruin a policy, so it never gets one.
+    scores: float [B], in standard deviations from the mean, with all that is added and clipped; broken: bool [B].
+    One empty response with a lucky score is enough to ruin a policy, so it never gets one.  The floor comes last: a penalty
+    or a clip behind it would put sound responses at or under it.
     """
-    sound = scores[~broken]
-    lowest = torch.full_like(scores[:1], statistics.mean - FLOOR * statistics.std)
-    floor = torch.cat([lowest, sound]).min()
+    worst = torch.full_like(scores[:1], FLOOR_GAP - FLOOR)
+    floor = torch.cat([worst, scores[~broken]]).min() - FLOOR_GAP
     return torch.where(broken, torch.minimum(scores, floor), scores)
 
 
 def normalize_scores(scores: Tensor, broken: Tensor, ended: Tensor, rules: ScoreRules) -> Tensor:
-    """Scores in units of the reward card, broken responses at the floor, minus baseline and EOS penalty, clipped, [B].
+    """Scores in units of the reward card, minus baseline and EOS penalty, clipped, broken responses at the floor, [B].
 
     scores: float [B], as the reward model gives them; broken, ended: bool [B], what has a plain fault and what ends in EOS.
     """
-    if rules.floor_broken:
-        scores = floor_scores(scores, broken, rules.statistics)
     scores = (scores - rules.statistics.mean) / rules.statistics.std - rules.baseline
     scores = scores - rules.missing_eos_penalty * (~ended).float()
-    return scores.clamp(-rules.clip, rules.clip)
+    scores = scores.clamp(-rules.clip, rules.clip)
+    return floor_scores(scores, broken) if rules.floor_broken else scores
 
 
 def read_statistics(reward: SavedAdapter, allow_weak: bool) -> ScoreStatistics:

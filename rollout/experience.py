@@ -84,9 +84,11 @@ class Experience(NamedTuple):
             "score": self.scores.tolist(),
             "kl": self.response_kl.tolist(),
             "length": self.mask.sum(1).tolist(),
+            "ended": self.ended.tolist(),
         }
         if self.gold is not None:
             columns["gold"] = self.gold.tolist()
+        columns["response_ids"] = self.batch.responses()  # which not every text gives back
         rows = zip(*columns.values(), strict=True)
         return [{"iteration": iteration, **dict(zip(columns, row, strict=True))} for row in rows]
 

@@ -12,7 +12,7 @@ import torch
 
 from rewards.broken_replies import find_broken
 from rewards.guard import ALARM, WARNING, Guard, Limits, find_signs, measure_responses
-from rewards.scores import ScoreStatistics, floor_scores
+from rewards.scores import ScoreRules, ScoreStatistics, floor_scores, normalize_scores
 
 ROOT = Path(__file__).parent.parent
 SFT = {
@@ -36,24 +36,35 @@ def levels(**changes: float) -> list[str]:
 
 
 def test_floor_by_hand() -> None:
-    """Card: mean 1, standard deviation 2, so the floor is at most 1 - 3 * 2 = -5, and the lowest sound score is -6."""
-    scores = torch.tensor([9.0, -6.0, 2.0, -7.0])
+    """At most -3, and half a standard deviation under the lowest sound score; what is lower already stays there."""
     broken = torch.tensor([True, False, False, True])
-    assert floor_scores(scores, broken, ScoreStatistics(1.0, 2.0)).tolist() == [-6.0, -6.0, 2.0, -7.0]
-    assert floor_scores(scores, broken, ScoreStatistics(-2.0, 2.0)).tolist() == [-8.0, -6.0, 2.0, -8.0]
+    assert floor_scores(torch.tensor([5.0, -1.0, 2.0, -4.0]), broken).tolist() == [-3.0, -1.0, 2.0, -4.0]
+    assert floor_scores(torch.tensor([5.0, -3.5, 2.0, -3.8]), broken).tolist() == [-4.0, -3.5, 2.0, -4.0]
 
 
 def test_floor_where_all_or_none_are_broken() -> None:
-    scores = torch.tensor([9.0, 3.0])
-    assert floor_scores(scores, torch.tensor([True, True]), ScoreStatistics(0.0, 1.0)).tolist() == [-3.0, -3.0]
-    assert floor_scores(scores, torch.tensor([False, False]), ScoreStatistics(0.0, 1.0)).tolist() == [9.0, 3.0]
+    scores = torch.tensor([5.0, 3.0])
+    assert floor_scores(scores, torch.tensor([True, True])).tolist() == [-3.0, -3.0]
+    assert floor_scores(scores, torch.tensor([False, False])).tolist() == [5.0, 3.0]
+
+
+def test_the_floor_comes_last() -> None:
+    """A blank reply that ended got -3, and a sound one that was cut got -2.5 minus the penalty: -3.5.  At the clip both were
+    at -5.  Where replies are often cut, saying nothing was then the better choice.
+    """
+    rules = ScoreRules(ScoreStatistics(1.0, 2.0), baseline=0.0, missing_eos_penalty=1.0, clip=5.0, floor_broken=True)
+    scores = torch.tensor([9.0, -4.0, 1.0])  # 4, -2.5 and 0 deviations
+    broken, ended = torch.tensor([True, False, False]), torch.tensor([True, False, True])
+    assert normalize_scores(scores, broken, ended, rules).tolist() == [-4.0, -3.5, 0.0]
+    scores = torch.tensor([-99.0, -99.0, 1.0])
+    assert normalize_scores(scores, broken, ended, rules).tolist() == [-5.5, -5.0, 0.0]
 
 
 def test_one_lucky_empty_reply_gets_no_advantage() -> None:
     """The article: a single empty reply with a very high score was enough to send the model down the wrong way."""
     scores = torch.tensor([0.1, -0.2, 0.0, 12.0])
     broken = torch.tensor([False, False, False, True])
-    assert int(floor_scores(scores, broken, ScoreStatistics(0.0, 1.0)).argmin()) == 3
+    assert int(floor_scores(scores, broken).argmin()) == 3
     assert int(scores.argmax()) == 3
 
 

@@ -101,7 +101,7 @@ def test_a_weak_reward_model_can_be_allowed(start, stages: Stages, capsys: pytes
 
 
 def test_a_broken_reply_is_scored_at_the_floor(stages: Stages, tmp_path: Path) -> None:
-    """The reward model gives the empty reply 20, the others 1 and 2: it gets mean - 3 std, before anything is clipped."""
+    """The reward model gives the empty reply 20, the others 1 and 2: it gets -3 deviations, behind penalty and clip."""
     trainer = make_ppo_trainer(stages, tmp_path, statistics=ScoreStatistics(1.0, 2.0))
     batch = make_batch([[5], [6], [8]], [[40, EOS], [41, EOS], [EOS]], PAD)
     scores = torch.tensor([1.0, 2.0, 20.0])
