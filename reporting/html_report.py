@@ -64,7 +64,7 @@ class Run:
 
     @property
     def stage(self) -> str:
-        return self.record.get("stage", "run")
+        return str(self.record.get("stage", "run"))
 
     @property
     def counter(self) -> str:
@@ -76,16 +76,36 @@ class Run:
         """Each metric as (counts, values)."""
         found: dict[str, tuple[list[float], list[float]]] = {}
         for row in self.metrics:
+            count = row.get(self.counter, 0)
             for name, value in flatten(row).items():
-                if isinstance(value, (int, float)) and name not in COUNTERS:
+                if is_count(count) and (isinstance(value, float) or is_count(value)) and name not in COUNTERS:
                     counts, values = found.setdefault(name, ([], []))
-                    count = row.get(self.counter, 0)
                     if counts and counts[-1] == count:  # measured again after the training
                         values[-1] = float(value)
                     else:
                         counts.append(count)
                         values.append(float(value))
         return found
+
+    @property
+    def best(self) -> float | None:
+        """The iteration that run.json calls the best one, None where it names none."""
+        return self._said_of("best", self.counter)
+
+    @property
+    def collapse(self) -> float | None:
+        """The iteration in which the guard was certain of a collapse, None where it was not."""
+        return self._said_of("guard", "collapse_at")
+
+    @property
+    def alarms(self) -> list[float]:
+        """The iterations with an alarm of the guard."""
+        return [count for count, alarms in zip(*self.series.get("guard/alarms", ([], [])), strict=True) if alarms > 0]
+
+    def _said_of(self, part: str, key: str) -> float | None:
+        facts = self.record.get(part)
+        count = facts.get(key) if isinstance(facts, Mapping) else None
+        return count if is_count(count) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,6 +164,11 @@ def short_names(folders: Sequence[str]) -> list[str]:
     raise InputError(f"the same run was given twice: {', '.join(folders)}; give each one once")
 
 
+def is_count(value: Any) -> bool:
+    """Whether this is a number that an axis reaches: a file from elsewhere may hold anything, integers without end too."""
+    return isinstance(value, (int, float)) and abs(value) < 2**53
+
+
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, the keys joined by slashes."""
     flat: dict[str, Any] = {}
@@ -177,7 +202,7 @@ def curves_of(name: str, runs: Mapping[int, Run]) -> list[Curve]:
     for number, run in runs.items():
         if name in run.series:
             counts, values = run.series[name]
-            found.append(Curve(number, counts, values, best_count(run), collapse_count(run), alarm_counts(run)))
+            found.append(Curve(number, counts, values, run.best, run.collapse, run.alarms))
     return found
 
 
@@ -206,11 +231,11 @@ def curve_section(title: str, runs: Mapping[int, Run]) -> str:
 def _key(number: int, run: Run, several: bool) -> str:
     """HTML of a run in the legend: its line, its name and its marks; a box to switch it off where there are others."""
     words = []
-    if best_count(run) is not None:
-        words.append(f"dashed upright line: best, {run.counter} {best_count(run)}")
-    if collapse_count(run) is not None:
-        words.append(f"red line with a cross: collapse, {run.counter} {collapse_count(run)}")
-    if alarm_counts(run):
+    if run.best is not None:
+        words.append(f"dashed upright line: best, {run.counter} {run.best}")
+    if run.collapse is not None:
+        words.append(f"red line with a cross: collapse, {run.counter} {run.collapse}")
+    if run.alarms:
         words.append("triangles: alarms")
     name = html.escape(f"{run.name} ({'; '.join(words)})" if words else run.name)
     dashes = " ".join(str(2 * length) for length in dashes_of(number)) or "none"
@@ -220,23 +245,6 @@ def _key(number: int, run: Run, several: bool) -> str:
         return f'<span class="key">{line}<bdi>{name}</bdi></span>'
     off = f"<style>body:has(#show{number}:not(:checked)) .run{number} {{ display: none; }}</style>"
     return f'{off}<label class="key"><input type="checkbox" id="show{number}" checked>{line}<bdi>{name}</bdi></label>'
-
-
-def best_count(run: Run) -> float | None:
-    """The iteration that run.json calls the best one, None where it names none."""
-    best = run.record.get("best")
-    return best.get(run.counter) if isinstance(best, Mapping) else None
-
-
-def collapse_count(run: Run) -> float | None:
-    """The iteration in which the guard was certain of a collapse, None where it was not."""
-    guard = run.record.get("guard")
-    return guard.get("collapse_at") if isinstance(guard, Mapping) else None
-
-
-def alarm_counts(run: Run) -> list[float]:
-    """The iterations with an alarm of the guard."""
-    return [count for count, alarms in zip(*run.series.get("guard/alarms", ([], [])), strict=True) if alarms > 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,7 +391,7 @@ def report_page(folders: Sequence[str], max_samples: int) -> str:
     body = [
         f'<h1 dir="auto">{html.escape(heading)}</h1>',
         *(f'<p class="note">{html.escape(_headline(run))}</p>' for run in runs),
-        *(_verdict(run) for run in runs if collapse_count(run) is not None),
+        *(_verdict(run) for run in runs if run.collapse is not None),
         "<nav>" + " ".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in parts) + "</nav>",
         "<noscript><p>The samples need JavaScript; nothing is fetched from anywhere.</p></noscript>",
     ]
@@ -395,7 +403,7 @@ def report_page(folders: Sequence[str], max_samples: int) -> str:
 
 def _headline(run: Run) -> str:
     """One line about a run."""
-    counts = [row[run.counter] for row in run.metrics if run.counter in row]
+    counts = [row[run.counter] for row in run.metrics if is_count(row.get(run.counter))]
     parts = [STAGES.get(run.stage, run.stage), f"{max(counts, default=0)} {run.counter}s"]
     parts += [f"base {run.record['base_model']}"] if "base_model" in run.record else []
     return f"{run.name}: " + ", ".join(parts)
@@ -403,7 +411,7 @@ def _headline(run: Run) -> str:
 
 def _verdict(run: Run) -> str:
     """HTML paragraph: what the guard saw of a collapse, and what came of it."""
-    guard, at = run.record["guard"], collapse_count(run)
+    guard, at = run.record["guard"], run.collapse
     end = "the guard only warned, and the run went on"
     if guard.get("stopped"):
         end = f"stopped, and rolled back to the policy of iteration {guard.get('rolled_back_to')}"

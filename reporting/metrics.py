@@ -168,8 +168,9 @@ def metric_of(name: str) -> Metric:
     if name in KNOWN:
         return KNOWN[name]
     if name.startswith("eval_"):
-        known = metric_of(name.removeprefix("eval_"))
-        return Metric(name, "eval/" + known.name, HELD_OUT + known.title, known.unit)
+        short = name.removeprefix("eval_")
+        known = KNOWN.get(short, Metric(short, short, short))
+        return Metric(name, f"eval/{short}", HELD_OUT + known.title, known.unit)
     return Metric(name, name if "/" in name else f"other/{name}", name)
 
 

@@ -117,7 +117,7 @@ def as_svg(figure: "Figure", name: str, label: str) -> str:
     from matplotlib import rc_context
 
     file = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": ascii(name)}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # a date would be another one each time
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     svg = re.sub(r"<style.*?</style>|font-(size|family):[^;\"]*;? ?", "", file.getvalue(), flags=re.DOTALL)

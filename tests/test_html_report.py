@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,7 @@ import pytest
 import reporting.__main__
 from reporting.html import POLICY, WEB, embed_json, write_page
 from reporting.html_report import (
-    best_count,
     chosen_samples,
-    collapse_count,
     curves_of,
     read_run,
     report_page,
@@ -188,13 +187,13 @@ def test_a_run_that_is_still_writing(tmp_path: Path) -> None:
         file.write("好".encode()[:1])  # a character has no end yet either
     run = read_run(folder, "a")
     assert run.series == {"loss": ([1, 2], [2.0, 1.0])}
-    assert best_count(run) is None
+    assert run.best is None
     assert 'class="chart"' in page_of(folder)
 
 
-@pytest.mark.parametrize("best", [{}, None, 3])
+@pytest.mark.parametrize("best", [{}, None, 3, {"iteration": "<b>"}])
 def test_no_best_is_no_mark(tmp_path: Path, best: object) -> None:
-    assert best_count(read_run(write_run(tmp_path / "a", best=best), "a")) is None
+    assert read_run(write_run(tmp_path / "a", best=best), "a").best is None
 
 
 def collapsed(**guard: object) -> dict:
@@ -237,11 +236,24 @@ def test_a_collapse_is_marked_and_said(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("guard", [{}, None, 3, {"collapse_at": None}])
+@pytest.mark.parametrize("guard", [{}, None, 3, {"collapse_at": None}, {"collapse_at": [1]}])
 def test_no_collapse_is_no_mark(tmp_path: Path, guard: object) -> None:
     folder = write_run(tmp_path / "a", guard=guard)
-    assert collapse_count(read_run(folder, "a")) is None
+    assert read_run(folder, "a").collapse is None
     assert 'class="verdict"' not in page_of(folder)
+
+
+def test_numbers_that_no_axis_reaches(tmp_path: Path) -> None:
+    """A file from elsewhere may hold anything: the page is drawn, of what can be drawn."""
+    odd = [0.0, -1e308, 1e308, float("inf"), 5e-324, 10**400, 1e299, "text", None, [1], True]
+    lines = [{"iteration": i, "kl": value, "\ud83d $x$ <b>": 1e-320} for i, value in enumerate(odd)]
+    lines += [{"iteration": count, "kl": 1.0} for count in (float("nan"), float("inf"), 1e308, "x", None)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    folder = write_run(tmp_path / "a", metrics=text, best={"iteration": float("inf")})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = page_of(folder)
+    assert page.count('class="run0 line"') == 2
 
 
 # ---- Tables and samples ----
