@@ -40,7 +40,7 @@ def _finite(data: Any) -> Any:
 def html_page(title: str, body: str, data: Any = None, program: str | None = None) -> str:
     """A whole page; `body` is HTML, `title` is text.
 
-    program: name of the .js file in utils/web that the page runs, and of the .css file beside it; data: what it finds as
+    program: name of the .js file in reporting/web that the page runs, and of the .css file beside it; data: what it finds as
     JSON in the element #data.
     """
     style = _web_file("style.css") + ("" if program is None else _web_file(f"{program}.css"))

@@ -57,8 +57,8 @@ def limits(values: np.ndarray) -> tuple[float, float]:
 def draw(metric: Metric, curves: Sequence[Curve], counter: str) -> "Figure":
     """A metric over `counter`, a curve a run; the caller saves the figure.
 
-    Best: a dashed upright line.  Collapse: a red one with a cross.  Alarms: triangles
-    along the lower edge, a row a run.  The gids become classes in `as_svg`.
+    Best: a dashed upright line.  Collapse: a red one with a cross.  Alarms: triangles along the lower edge, a row a run.
+    The gids become classes in `as_svg`.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
