@@ -4,7 +4,6 @@ Curves, every reply of stage 3 to search and sort, the reward card and run.json.
 curve; those of reporting.metrics come first and in plain words.
 """
 
-import hashlib
 import html
 import json
 import os
@@ -18,6 +17,7 @@ from reporting.metrics import group_metrics, metric_of
 from reporting.plots import RUN_COLOURS, Curve, as_svg, dashes_of, draw
 from utils.console import InputError, say
 from utils.files import read_json_object
+from utils.hashing import in_share
 
 STAGES = {"sft": "Stage 1: SFT", "reward": "Stage 2: reward model", "ppo": "Stage 3: PPO"}  # in the order of the page
 COUNTERS = ("iteration", "step", "epoch")  # what curves are drawn over, never a curve
@@ -258,14 +258,7 @@ def chosen_samples(samples: Sequence[dict[str, Any]], most: int) -> list[dict[st
     Whole prompts, picked by a hash of their text: the same prompt can then still be followed over the iterations.
     """
     share = most / max(1, len(samples))
-    if share >= 1:
-        return list(samples)
-
-    def picked(prompt: str) -> bool:
-        digest = hashlib.sha256(prompt.encode(errors="replace")).digest()
-        return int.from_bytes(digest[:8], "big") < share * 2**64
-
-    return [row for row in samples if picked(row["prompt"])]
+    return [row for row in samples if in_share(row["prompt"], share)]
 
 
 def sample_tables(runs: Sequence[Run], most: int) -> dict[str, Any]:
