@@ -440,7 +440,7 @@ def write_card(trainer: RewardTrainer, pairs: Pairs, sft: SavedAdapter | None, d
     scores |= {"chosen": prediction.predictions[:, 0], "rejected": prediction.predictions[:, 1]}
     draw_card(card, scores, args.output_dir)
     for callback in trainer.callback_handler.callbacks:
-        show_card(callback, args.output_dir, trainer.state.global_step)
+        show_card(callback, card, args.output_dir, trainer.state.global_step)
     say(card_table(card))
     say("the reward model " + ("passed" if card["passed"] else "FAILED: " + in_short(card["failed"])))
 

@@ -53,9 +53,8 @@ def check_trackers(training_args: TrainingArguments) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def show_card(callback: TrainerCallback, folder: str, step: int) -> None:
-    """Show the reward card in `folder`, where there is one, in the tracker of a callback that has begun."""
-    card = read_card(folder)
+def show_card(callback: TrainerCallback, card: dict[str, Any] | None, folder: str, step: int) -> None:
+    """Show a reward card and its picture in `folder`, where there are any, in the tracker of a callback that has begun."""
     if card is None or "probes" not in card:  # one from before there were probes
         return
     path = os.path.join(folder, "reward_card.png")
@@ -97,7 +96,7 @@ class Grouped:
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero:
-            show_card(self, args.reward_model_lora_path, state.global_step)
+            show_card(self, read_card(args.reward_model_lora_path), args.reward_model_lora_path, state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any

@@ -231,8 +231,8 @@ def test_only_the_trackers_that_were_asked_for_are_replaced() -> None:
 
 def test_a_card_from_before_there_were_probes_is_not_shown(tmp_path: Path) -> None:
     """Stage 3 takes such a card, for its mean and standard deviation; a tracker ended the run on its missing probes."""
-    (tmp_path / "reward_card.json").write_text('{"score_mean": 0.0, "score_std": 1.0}', encoding="utf-8")
-    show_card(SimpleNamespace(_wandb=object()), str(tmp_path), 0)  # a tracker that takes nothing
+    card = {"score_mean": 0.0, "score_std": 1.0}
+    show_card(SimpleNamespace(_wandb=object()), card, str(tmp_path), 0)  # a tracker that takes nothing
 
 
 @pytest.mark.parametrize(
