@@ -19,6 +19,7 @@ from utils.data import (
     tokenize_sft,
     train_and_eval_rows,
 )
+from utils.hashing import hash64, in_share
 
 TEMPLATE = "Q: {prompt}\nA:"
 EOS = 2
@@ -346,3 +347,12 @@ def test_pad_right():
     ids, mask = pad_right([[5, 6, 7], [8]], 9)
     assert ids.tolist() == [[5, 6, 7], [8, 9, 9]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_who_is_held_out_is_the_same_for_ever():
+    """The number of "abc" by FIPS 180-2, appendix B.1: ba7816bf 8f01cfea ...  Other numbers would mix old evaluation rows
+    into the training of a resumed run."""
+    assert hash64("abc") == 0xBA7816BF8F01CFEA
+    assert in_share("abc", 0.729) is True  # 0xba7816bf / 2^32 = 0.72839...
+    assert in_share("abc", 0.728) is False
+    assert hash64("\ud800") == hash64("?")

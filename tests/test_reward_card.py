@@ -128,16 +128,16 @@ def test_probes_by_hand() -> None:
         for kind, rejected in (("blank", [7]), ("empty", [1]))
         for chosen in ([4, 6], [1, 3])
     ]
-    card, scores = probe(score, pairs, [[2], [6], [8]])
+    card, scores = probe(score, pairs, [[2], [6], [20]])
     assert card["probes"] == {"empty": 1.0, "blank": 0.5}
     assert card["probe_counts"] == {"empty": 2, "blank": 2}
-    assert card["probes_above_sft"] == {"empty": 0.0, "blank": 1.0}  # the median of 2, 6 and 8
-    assert (card["sft_score_mean"], card["sft_replies"]) == (pytest.approx(16 / 3), 3)
+    assert card["probes_above_sft"] == {"empty": 0.0, "blank": 1.0}  # 7 is above the median, 6
+    assert (card["sft_score_mean"], card["sft_replies"]) == (pytest.approx(28 / 3), 3)
     assert {name: values.tolist() for name, values in scores.items()} == {
         "blank": [7.0, 7.0],
         "empty": [1.0, 1.0],
         "good": [10.0, 4.0, 10.0, 4.0],
-        "SFT": [2.0, 6.0, 8.0],
+        "SFT": [2.0, 6.0, 20.0],
     }
     assert asked[0] == ("good replies", [[4, 6], [1, 3]])  # each good one once
     assert "sft_score_mean" not in probe(score, pairs, [])[0]
