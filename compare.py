@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from inference.side_by_side import InferenceArguments, Response, load_models, prompt_seed
 from reporting.html import html_page, markdown_cell, markdown_table, write_page
+from rewards.broken_replies import distinct_share
 from rewards.reward_card import wilson_interval
 from utils.arguments import check_new_folder, parse_arguments
 from utils.console import InputError, run_script, say
@@ -111,15 +112,6 @@ def read_prompts(words: str | None) -> Dataset:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Different n-grams as a share of all n-grams in the responses together (Li et al. 2016, arXiv:1510.03055, section 5).
-
-    0 where there is no n-gram at all.
-    """
-    grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
 def win_rate(scores: Sequence[float], other_scores: Sequence[float]) -> tuple[float, float, float]:
     """Share of the prompts where `scores` is above `other_scores`, a tie as half, with its 95% interval."""
     pairs = zip(scores, other_scores, strict=True)
@@ -137,8 +129,8 @@ def summarise(model: ModelResponses, first: ModelResponses, eos_token_id: int) -
         model.name,
         score=sum(scores) / len(scores) if scored else None,
         length=sum(len(response.ids) for response in responses) / len(responses),
-        distinct_1=distinct(tokens, 1),
-        distinct_2=distinct(tokens, 2),
+        distinct_1=distinct_share(tokens, 1) or 0.0,
+        distinct_2=distinct_share(tokens, 2) or 0.0,
         empty=sum(not response.text for response in responses) / len(responses),
         wins=win_rate(scores, [response.score for response in first.responses])
         if scored and model is not first

@@ -1,6 +1,5 @@
 """Several models on one base in memory: load the adapters, let each of them respond to the same prompts, score that."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from utils.arguments import DEFAULT_TEMPLATE, ModelArguments
 from utils.base_model import load_base, load_tokenizer
 from utils.console import InputError
 from utils.data import Message, check_template, encode_prompt
+from utils.hashing import hash64
 from utils.heads import add_score_head, enable_jobs
 
 BARE_BASE = "base"  # what the base without an adapter is called
@@ -123,8 +123,7 @@ class ChatModels:
 
 def prompt_seed(seed: int, prompt: str) -> int:
     """The seed of the response to a prompt, the same one for every model: 63 bits of a hash."""
-    digest = hashlib.sha256(f"{seed} {prompt}".encode(errors="replace")).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return hash64(f"{seed} {prompt}") >> 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -219,13 +219,6 @@ def test_max_tables_shows_the_first_and_counts_all(folders: AdapterFolders, tmp_
 # ---- Figures ----
 
 
-def test_distinct_by_hand() -> None:
-    """Tokens 1 2 1 2 and 2 3: 3 of 6 differ; pairs 12 21 12 and 23: 3 of 4 differ.  A reply of one token has no pair."""
-    assert compare.distinct([[1, 2, 1, 2], [2, 3]], 1) == 3 / 6
-    assert compare.distinct([[1, 2, 1, 2], [2, 3]], 2) == 3 / 4
-    assert compare.distinct([[1], []], 2) == 0
-
-
 def test_win_rate_by_hand() -> None:
     """Won, tied, lost, won: 2.5 of 4.  The ends of Wilson's interval are where |share - p| is 1.96 deviations of p."""
     share, low, high = compare.win_rate([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 5.0, 1.0])
@@ -245,6 +238,8 @@ def test_summary_by_hand() -> None:
     assert summary[:6] == ("PPO", 1.0, 3.0, 4 / 5, 1.0, 0.5)
     assert summary.wins[0] == 0.5
     assert compare.summarise(first, first, eos_token_id=2).wins is None
+    silent = compare.ModelResponses("silent", [Response([2], "", 0.0)])
+    assert compare.summarise(silent, silent, eos_token_id=2)[3:5] == (0.0, 0.0)
     head, rows = compare.summary_table([summary], "SFT")
     assert head[:3] == ["model", "score", "wins against SFT (95% interval)"]
     assert head[3:] == ["reply length", "distinct-1", "distinct-2", "empty replies"]
