@@ -123,18 +123,16 @@ def summarise(model: ModelResponses, first: ModelResponses, eos_token_id: int) -
     """The figures of one model; `first` is the one it is compared with."""
     responses = model.responses
     scores = [response.score for response in responses]
-    scored = scores[0] is not None
+    compares = scores[0] is not None and model is not first
     tokens = [[token for token in response.ids if token != eos_token_id] for response in responses]
     return Summary(
         model.name,
-        score=sum(scores) / len(scores) if scored else None,
+        score=None if scores[0] is None else sum(scores) / len(scores),
         length=sum(len(response.ids) for response in responses) / len(responses),
         distinct_1=distinct_share(tokens, 1) or 0.0,
-        distinct_2=distinct_share(tokens, 2) or 0.0,
+        distinct_2=distinct_share(tokens, 2) or 0.0,  # 0 without any pair
         empty=sum(not response.text for response in responses) / len(responses),
-        wins=win_rate(scores, [response.score for response in first.responses])
-        if scored and model is not first
-        else None,
+        wins=win_rate(scores, [response.score for response in first.responses]) if compares else None,
     )
 
 

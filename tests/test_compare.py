@@ -238,8 +238,8 @@ def test_summary_by_hand() -> None:
     assert summary[:6] == ("PPO", 1.0, 3.0, 4 / 5, 1.0, 0.5)
     assert summary.wins[0] == 0.5
     assert compare.summarise(first, first, eos_token_id=2).wins is None
-    silent = compare.ModelResponses("silent", [Response([2], "", 0.0)])
-    assert compare.summarise(silent, silent, eos_token_id=2)[3:5] == (0.0, 0.0)
+    short = compare.ModelResponses("short", [Response([5, 2], "a", None), Response([2], "", None)])
+    assert compare.summarise(short, first, eos_token_id=2)[1:] == (None, 1.5, 1.0, 0.0, 0.5, None)  # no pair of tokens
     head, rows = compare.summary_table([summary], "SFT")
     assert head[:3] == ["model", "score", "wins against SFT (95% interval)"]
     assert head[3:] == ["reply length", "distinct-1", "distinct-2", "empty replies"]

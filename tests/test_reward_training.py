@@ -2,21 +2,26 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 
 import reward_modeling
 from reward_modeling import RewardDataArguments, add_broken_pairs, length_penalty, pairwise_loss
 from rewards.broken_replies import KINDS
-from rewards.reward_model import ensemble_score, member_folders, member_scores, reward_scores
+from rewards.reward_model import ensemble_score, member_folders, member_scores, new_reward_model, reward_scores
+from rollout.distribution import default_sampling
 from rollout.model import assemble_ppo_model
+from rollout.sampler import sample_replies
 from tests.conftest import make_tokenizer, write_rows
-from tests.helpers import load_plain, make_stages, run_main, save_lively_base, save_sft
+from tests.helpers import load_plain, load_with_jobs, make_stages, run_main, save_lively_base, save_sft
 from utils.adapters import POLICY, attach_adapter, read_adapter
+from utils.arguments import LoraArguments
 from utils.batching import pad_right
 from utils.console import InputError
 from utils.data import Preferences, tokenize_preferences
@@ -178,6 +183,26 @@ def test_the_card_says_how_sft_replies_score(train, base: str, tmp_path: Path) -
     assert card["sft_score_std"] > 0
     assert card["probes_above_sft"].keys() == card["probes"].keys()
     assert (tmp_path / "reward" / "reward_card.png").exists()
+
+
+def test_sft_responses_are_the_sft_adapters_own(base: str, tmp_path: Path) -> None:
+    """In batches of two beside the reward adapter, against the SFT adapter loaded alone, one query at a time."""
+    sft, tokenizer = save_sft(base, tmp_path / "sft"), make_tokenizer()
+    model, _ = new_reward_model(load_plain(base), LoraArguments(lora_r=4), seed=2)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        model=model,
+        processing_class=tokenizer,
+        args=SimpleNamespace(per_device_eval_batch_size=2),
+    )
+    queries = [tokenizer(text)["input_ids"] for text in ("cats=", "dogs=", "rice=")]
+    probes = [{"chosen_ids": [*query, 5], "query_length": len(query)} for query in queries]
+    data = RewardDataArguments(dataset="unused", probe_prompts=3, output_max_length=12, max_length=64)
+    found = reward_modeling.sample_sft_responses(trainer, read_adapter(sft, "--sft"), probes, data)
+    alone, sampling = PeftModel.from_pretrained(load_with_jobs(base), sft), default_sampling(tokenizer, 12)
+    for seed, query in enumerate(sorted(queries)):
+        assert found[seed] == query + sample_replies(alone, [query], [seed], sampling)[0]
+    assert len(found) == 3
 
 
 def test_rows_in_parts_have_the_same_scores(base: str, train) -> None:
