@@ -13,11 +13,14 @@ to read, the classifier and its tokenizer get a pad token of their own.
 """
 
 import os
+import warnings
 from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,9 +34,9 @@ from rewards.reward_model import member_folders
 from runs.run_files import run_record
 from utils.adapters import POLICY, SavedAdapter, attach_adapter, check_adapter, read_adapter
 from utils.arguments import DEFAULT_TEMPLATE, ModelArguments, check_new_folder, parse_arguments
-from utils.base_model import load_base, load_tokenizer
+from utils.base_model import bare_layer, load_base, load_tokenizer
 from utils.batching import pad_right
-from utils.console import InputError, run_script, say
+from utils.console import InputError, one_line, run_script, say
 from utils.files import folder_when_done, write_json
 from utils.heads import add_score_head, enable_jobs, score_job
 
@@ -152,6 +155,26 @@ def largest_difference(expected: Tensor, found: Tensor, dtype: torch.dtype) -> f
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def merge(model: PeftModel, path: str) -> PreTrainedModel:
+    """The base with the adapter in its weights.  Raises InputError for an adapter that has no place there.
+
+    An output embedding that is tied to the input's gets a matrix of its own first, where the adapter does not change both in
+    the same way: else each would get the changes of both.
+    """
+    base = model.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    of_input, of_output = map(bare_layer, ends)
+    own_tokens = isinstance(ends[1], TrainableTokensWrapper) and ends[1].token_adapter.tied_adapter is None
+    if of_input.weight is of_output.weight and (own_tokens or any(isinstance(end, LoraLayer) for end in ends)):
+        of_output.weight = nn.Parameter(of_output.weight.detach().clone(), requires_grad=False)
+    try:
+        with warnings.catch_warnings():  # PEFT's, about matrices that were tied
+            warnings.simplefilter("ignore", UserWarning)
+            return model.merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # lora_bias where the base's layers have no bias
+        raise InputError(f"the adapter {path} cannot be merged into this base: {one_line(error)}") from error
+
+
 def to_classifier(
     merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
 ) -> PreTrainedModel:
@@ -194,7 +217,7 @@ def main() -> None:
     (args,) = parse_arguments((MergeArguments,), description="Base + adapter -> standalone model.")
     target = os.path.realpath(args.output_dir)
     check_new_folder(args.output_dir)
-    adapter = read_adapter(args.adapter_path, "--adapter_path")
+    adapter = read_adapter(args.adapter_path, "--adapter_path", alone=True)
     check_kind(adapter, args.as_classifier)
     args.prompt_template = adapter.run.get("prompt_template")
 
@@ -214,7 +237,7 @@ def main() -> None:
     expected = adapter_outputs(model, tokenizer, args.as_classifier)
 
     # ---- Merge ----
-    merged = model.merge_and_unload()
+    merged = merge(model, adapter.path)
     dtype = base.dtype
     if args.as_classifier:
         merged = to_classifier(merged, tokenizer, args.trust_remote_code)

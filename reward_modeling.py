@@ -40,7 +40,17 @@ from runs.memory_plan import announce, reward_plan
 from runs.run_files import RunFiles, run_record
 from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
-from utils.adapters import SCORE_KEY, SavedAdapter, check_adapter, load_adapter, read_adapter, saved_key, use_adapter
+from utils.adapters import (
+    SCORE_KEY,
+    SavedAdapter,
+    check_adapter,
+    complete,
+    is_of,
+    load_adapter,
+    read_adapter,
+    saved_key,
+    use_adapter,
+)
 from utils.arguments import (
     DEFAULT_PREFERENCES,
     DataArguments,
@@ -316,7 +326,7 @@ def check_saved_tensors(whole: dict[str, Tensor], folder: str, members: list[str
     difference = 0.0
     for member, path in zip(members, member_folders(folder), strict=True):
         saved = load_file(os.path.join(path, SAFETENSORS_WEIGHTS_NAME))
-        ours = {saved_key(name, member): value for name, value in whole.items() if f".{member}." in name}
+        ours = {saved_key(name, member): value for name, value in whole.items() if is_of(name, member)}
         if SCORE_KEY not in saved or saved.keys() != ours.keys():
             raise RuntimeError(f"the adapter in {path} was not saved whole: {sorted(saved.keys() ^ ours.keys())[:3]}")
         difference = max(difference, *(float((ours[key] - saved[key]).abs().max()) for key in ours))
@@ -334,7 +344,7 @@ def check_saved(trainer: RewardTrainer) -> float:
     folder, members = trainer.args.output_dir, trainer.members
     whole = None
     if is_sharded(model):
-        whole = whole_parameters(model, lambda name: any(f".{member}." in name for member in members))
+        whole = whole_parameters(model, lambda name: any(is_of(name, member) for member in members))
     if not trainer.is_world_process_zero():
         return 0.0
     if whole is not None:
@@ -503,6 +513,7 @@ def main() -> None:
     if data_args.sft_model_lora_path is not None:
         sft = read_adapter(data_args.sft_model_lora_path, "--sft_model_lora_path")
         check_adapter(sft, "--sft_model_lora_path", False, template, base)
+        complete(base, sft, sft.config)  # what does not fit the base is told now, and not behind the training
     record = run_record("reward", base, model_args, training_args, data=asdict(data_args), lora=asdict(lora_args))
 
     # ---- Training ----

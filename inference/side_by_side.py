@@ -13,7 +13,7 @@ from rewards.reward_model import load_reward, reward_scores
 from rollout.batch import make_batch
 from rollout.distribution import Sampling, default_sampling
 from rollout.sampler import sample_replies
-from utils.adapters import REWARD, SavedAdapter, check_adapter, load_adapter, read_adapter, use_adapter
+from utils.adapters import REWARD, SavedAdapter, attach_adapter, check_adapter, load_adapter, read_adapter, use_adapter
 from utils.arguments import DEFAULT_TEMPLATE, ModelArguments
 from utils.base_model import load_base, load_tokenizer
 from utils.console import InputError
@@ -160,8 +160,9 @@ def load_models(args: InferenceArguments) -> ChatModels:
     if reward is not None:
         add_score_head(base)
     names = [f"adapter{number}" for number in range(len(adapters))]  # PEFT takes no dot in a name ("v1.5")
-    model = PeftModel(base, next(iter(adapters.values())).config, names[0])
-    for name, adapter in zip(names, adapters.values(), strict=True):
+    first, *others = adapters.values()
+    model = attach_adapter(base, first, first.config, names[0])
+    for name, adapter in zip(names[1:], others, strict=True):
         load_adapter(model, adapter, name)
     if reward is not None:
         load_reward(model, reward)

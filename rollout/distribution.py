@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -98,9 +99,17 @@ def sampling_logits(
     return logits if sampling.temperature == 1 else logits / sampling.temperature
 
 
+def output_head(base: PreTrainedModel) -> nn.Module:
+    """The output embedding that acts now: one that the active adapter brings, else the base's."""
+    head = base.get_output_embeddings()
+    if not isinstance(head, ModulesToSaveWrapper):
+        return head
+    return head.modules_to_save[head.active_adapters[0]] if head.active_adapters else head.original_module
+
+
 def output_logits(base: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits [N, V] of hidden states [N, H]."""
-    head = base.get_output_embeddings()
+    head = output_head(base)
     if not is_plain(head):
         return scale_logits(base, head(hidden))
     tiles = vocabulary_tiles(hidden.device, len(hidden), head.weight.shape[0])

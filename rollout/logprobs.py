@@ -17,6 +17,7 @@ from rollout.distribution import (
     entropies,
     is_plain,
     logit_rows,
+    output_head,
     sampling_logits,
     scale_logits,
     tile_logits,
@@ -102,7 +103,7 @@ def reply_job(batch: Batch, sampling: Sampling, with_values: bool) -> Job:
         before = batch.query_lengths[rows] + steps - 1  # the position that predicts the token
         states = hidden[rows, before]  # [N, H]
         tokens = batch.input_ids[rows, before + 1]  # [N]
-        head = base.get_output_embeddings()
+        head = output_head(base)
         vocabulary = head.weight.shape[0]
         first_seen = _first_seen(batch, vocabulary) if sampling.repetition_penalty != 1 else None  # [B, V]
 
@@ -146,7 +147,7 @@ def logit_bytes(base: PreTrainedModel, tokens: int, training: bool, device: torc
     An output embedding that is trained or not plain: five tensors [n, V] of the n tokens that go through it at a time
     (logits, log-probs, probabilities, bounded log-probs, logits of the model), with gradients one more.
     """
-    head = base.get_output_embeddings()
+    head = output_head(base)
     vocabulary, width = head.weight.shape
     if is_plain(head):
         columns = max(tile.stop - tile.start for tile in vocabulary_tiles(device, tokens, vocabulary))

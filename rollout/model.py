@@ -1,13 +1,16 @@
 """The four parts of PPO on one base: policy, reference, reward and value as adapters and heads."""
 
+import copy
+
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from rewards.reward_model import load_reward
-from utils.adapters import CRITIC, POLICY, REFERENCE, SavedAdapter, attach_adapter, load_adapter
+from utils.adapters import CRITIC, LORA, POLICY, REFERENCE, SavedAdapter, attach_adapter, is_of, layer_of, load_adapter
 from utils.base_model import disable_dropout, hidden_width
+from utils.console import InputError
 from utils.heads import add_score_head, enable_jobs
 
 
@@ -16,11 +19,18 @@ def assemble_ppo_model(
 ) -> PeftModel:
     """Base + policy (a trainable copy of the SFT adapter), reference (the SFT adapter), reward adapter, value head.
 
-    Only the policy adapter and the value head are trainable; the head starts at 0 (Ziegler et al. 2019).  With `critic`
+    Only the policy's LoRA weights and the value head are trainable; the head starts at 0 (Ziegler et al. 2019).  Whole
+    layers and tokens that the SFT adapter brings act for policy and reference alike, and stay as they are.  With `critic`
     there is also a trainable copy of the reward adapter, for the value head to read: see `start_critic`.
+
+    Raises InputError when an adapter does not fit, or the SFT adapter has nothing to train.
     """
+    if not any(layer_of(key)[1] == LORA for key in sft.keys):
+        raise InputError(
+            f"{sft.path} has no LoRA weights, so PPO has nothing to train; give an SFT adapter that has some"
+        )
     enable_jobs(base)
-    config = LoraConfig.from_pretrained(sft.path)
+    config = copy.deepcopy(sft.config)
     config.inference_mode = False  # what PEFT saves always says True, and then nothing would train
     config.lora_dropout = 0.0
     model = attach_adapter(base, sft, config)
@@ -35,8 +45,8 @@ def assemble_ppo_model(
     disable_dropout(model)
     model.set_adapter(POLICY)
     for name, parameter in model.named_parameters():  # PEFT flips requires_grad in many places: say it once, here
-        trains = f".{POLICY}." in name or ".v_head." in name or (f".{CRITIC}." in name and "lora_" in name)
-        parameter.requires_grad_(trains)
+        is_trained = "lora_" in name and (is_of(name, POLICY) or is_of(name, CRITIC))
+        parameter.requires_grad_(is_trained or ".v_head." in name)
     return model.eval()
 
 

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from utils.adapters import CRITIC, POLICY, load_weights
+from utils.adapters import CRITIC, POLICY, is_of, load_weights
 from utils.files import read_json_object, write_json
 from utils.heads import load_value_head, save_value_head
 from utils.sharding import whole_parameters
@@ -32,8 +32,8 @@ class PolicyFiles:
 
     def gather(self) -> dict[str, Tensor]:
         """Policy, critic and value head as whole tensors on the CPU.  Every process has to call it."""
-        parts = (f".{POLICY}.", f".{CRITIC}.", ".v_head.")
-        return whole_parameters(self.unwrapped(), lambda name: any(part in name for part in parts))
+        parts = (POLICY, CRITIC, "v_head")
+        return whole_parameters(self.unwrapped(), lambda name: any(is_of(name, part) for part in parts))
 
     def write(self, folder: str, state: dict[str, Tensor]) -> None:
         """All that a later stage or a resumed run needs.  state: from `gather`."""

@@ -17,6 +17,7 @@ import torch.utils._pytree
 import transformers.integrations.deepspeed
 import transformers.integrations.integration_utils
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedConfig, Trainer
 from trl import SFTTrainer
 
@@ -54,7 +55,11 @@ PRIVATE: dict[str, tuple[object, tuple[str, ...]]] = {  # file of ours -> member
     "sft_training.py": (SFTTrainer, ("_metrics", "_total_train_tokens")),
     "reporting/trackers.py: wandb": (TRACKERS.WandbCallback, ("_wandb",)),
     "reporting/trackers.py: trackio": (TRACKERS.TrackioCallback, ("_trackio",)),
-    "utils/adapters.py": (BaseTunerLayer, ("_active_adapter",)),
+    "utils/adapters.py": (BaseTunerLayer, ("_active_adapter", "_get_available_adapters")),
+    "utils/adapters.py: wrappers": (
+        AuxiliaryTrainingWrapper,
+        ("_active_adapter", "_adapters", "_get_available_adapters"),
+    ),
     "utils/adapters.py: names": (PreTrainedConfig(), ("_name_or_path",)),
     "utils/sharding.py": (transformers.integrations.deepspeed, ("_hf_deepspeed_config_weak_ref",)),
     "runs/memory_plan.py: modules": (torch.nn.Linear(1, 1), ("_buffers", "_parameters")),

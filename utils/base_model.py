@@ -6,10 +6,13 @@ The base is always loaded as a causal language model, and never changed.
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -154,6 +157,13 @@ def load_base(
     return model.requires_grad_(False).eval()
 
 
+def bare_layer(module: nn.Module) -> nn.Module:
+    """The base's own layer, under whatever PEFT has put around it."""
+    while isinstance(module, (AuxiliaryTrainingWrapper, BaseTunerLayer)):
+        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
+    return module
+
+
 def base_fingerprint(base: PreTrainedModel) -> str:
     """Short hash that tells two bases apart, whatever folder they lie in and whichever float type they are loaded as.
 
@@ -161,13 +171,13 @@ def base_fingerprint(base: PreTrainedModel) -> str:
     4 bit only the embedding is as it was, so the second part is missing then, see `same_base`.  Adapters on the base and
     heads do not count.
     """
-    embedding = base.get_input_embeddings().weight
+    embedding = bare_layer(base.get_input_embeddings()).weight
     shape = repr((type(base).__name__, tuple(embedding.shape)))
     matrices = {
-        name.replace(".base_layer.", "."): parameter
+        re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name): parameter
         for name, parameter in base.named_parameters()
         if parameter.dim() == 2 and parameter is not embedding
-        if "lora_" not in name and not name.startswith(("score.", "v_head."))
+        if not re.search(r"^(score|v_head)\.|lora_|\.modules_to_save\.|\.trainable_tokens_", name)
     }
     parts = [_sample_hash(shape, [embedding])]
     if all(matrix.is_floating_point() for matrix in matrices.values()):
@@ -191,7 +201,7 @@ def same_base(one: str, other: str) -> bool:
 
 def hidden_width(base: PreTrainedModel) -> int:
     """Width of the decoder's last hidden states, which is what the output embedding and the heads read."""
-    return base.get_output_embeddings().weight.shape[1]
+    return bare_layer(base.get_output_embeddings()).weight.shape[1]
 
 
 def disable_dropout(model: nn.Module) -> None:
