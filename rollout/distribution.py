@@ -15,6 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from utils.base_model import bare_layer
 from utils.console import InputError
 
 # Logits held at once, in numbers.  On a CPU 16 MiB of float32, on a GPU, which needs more of them to be busy, 128 MiB.
@@ -147,10 +148,8 @@ def tile_logits(head: nn.Linear, hidden: Tensor, tile: slice) -> Tensor:
 def check_output_logits(model: PeftModel) -> None:
     """Make sure that `output_logits` is what this model's own forward pass computes.  Raises InputError if it is not."""
     base = model.get_base_model()
-    ids = (
-        torch.arange(1, 9, device=next(base.parameters()).device).unsqueeze(0)
-        % base.get_input_embeddings().num_embeddings
-    )
+    vocabulary = len(bare_layer(base.get_input_embeddings()).weight)
+    ids = torch.arange(1, 9, device=next(base.parameters()).device).unsqueeze(0) % vocabulary
     mask = torch.ones_like(ids)
     own = model(input_ids=ids, attention_mask=mask, job=lambda base, hidden: output_logits(base, hidden[0])).float()
     theirs = model(input_ids=ids, attention_mask=mask).logits[0].float()

@@ -299,10 +299,12 @@ def test_ppo_moves_the_policy_alone_and_saves_all_of_it(kind, bases, reward, fol
     reply, (query,) = [7, 41, 2], queries_of(trainer, 1)
     batch = make_batch([query], [reply], 0)
     with torch.no_grad(), use_adapter(model, REFERENCE):
-        job = reply_job(batch, trainer.sampling, with_values=False)
+        job = reply_job(batch, trainer.collector.sampling, with_values=False)
         found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=job)
     plain = PeftModel.from_pretrained(load_plain(base), sft).eval()
-    assert_close(found.logprobs[0], independent_logprobs(plain, query, reply, trainer.sampling), rtol=0, atol=1e-5)
+    assert_close(
+        found.logprobs[0], independent_logprobs(plain, query, reply, trainer.collector.sampling), rtol=0, atol=1e-5
+    )
 
     trainer.save_model(str(tmp_path / "saved"))
     assert_close(alone(base, str(tmp_path / "saved")), logits(model), rtol=0, atol=1e-5)
