@@ -702,6 +702,10 @@ def main() -> None:
     base = load_base(model_args, dtype, training_args.device)
     check_adapter(sft, "--sft_model_lora_path", False, template, base)
     check_adapter(reward, "--reward_model_lora_path", True, template, base)
+    if sft.frozen_parts:
+        say(
+            f"note: {sft.path} has its own {', '.join(sft.frozen_parts)}; the policy keeps them, PPO trains LoRA weights"
+        )
     statistics = read_statistics(reward, training_args.allow_weak_reward)
     if not training_args.normalize_scores:
         statistics = ScoreStatistics()

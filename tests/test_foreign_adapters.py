@@ -258,12 +258,28 @@ def test_every_script_refuses_it(script, bases, folder, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("output/*.safetensors"))
 
 
-def test_a_resized_vocabulary_is_told_as_such(bases, tmp_path):
-    model = load_plain(bases["apart"])
+def save_resized(base: str, path: Path) -> str:
+    model = load_plain(base)
     model.resize_token_embeddings(324, mean_resizing=False)
-    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **KINDS["both whole"])).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=rf"{tmp_path} has 324 tokens in lm_head, this base 320: .*resized vocabulary"):
-        side_by_side(bases["apart"], str(tmp_path))
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **KINDS["both whole"])).save_pretrained(path)
+    return str(path)
+
+
+def test_a_resized_vocabulary_is_told_as_such(bases, tmp_path):
+    adapter = save_resized(bases["apart"], tmp_path)
+    with pytest.raises(InputError, match=rf"{adapter} has 324 tokens in lm_head, this base 320: .*resized vocabulary"):
+        side_by_side(bases["apart"], adapter)
+
+
+def test_stage_2_tells_before_the_training_that_the_sft_adapter_does_not_fit(bases, tmp_path, monkeypatch):
+    """The SFT adapter is loaded for the reward card alone, which comes last: hours were lost."""
+    adapter = save_resized(bases["apart"], tmp_path / "sft")
+    rows = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(12)]
+    words = ["--model_name_or_path", bases["apart"], "--output_dir", tmp_path / "reward", "--eval_fraction", "0.3"]
+    words += ["--sft_model_lora_path", adapter, "--dataset", write_rows(tmp_path / "pairs.jsonl", rows)]
+    monkeypatch.setattr(reward_modeling.RewardTrainer, "train", lambda *_, **__: pytest.fail("it trains"))
+    with pytest.raises(InputError, match="resized vocabulary"):
+        run_main(reward_modeling, words, monkeypatch)
 
 
 # ---------------------------------------------------------------- stage 3

@@ -101,6 +101,11 @@ class SavedAdapter:
         return SCORE_KEY in self.keys
 
     @property
+    def frozen_parts(self) -> list[str]:
+        """The layers that the file has as a whole or in single tokens: PPO trains LoRA weights alone."""
+        return sorted({layer for layer, way in map(layer_of, self.keys) if way != LORA})
+
+    @property
     def base_changes(self) -> str | None:
         """What of the base itself changes when PEFT loads the adapter: it acts on every model there, and always."""
         start = str(self.config.init_lora_weights)
