@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from scripts.baichuan import convert as converter
 from tests.baichuan import convert, train_sentencepiece, write_adapter, write_baichuan, write_shards
+from tests.forks import run_command
 from tests.helpers import own_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -275,14 +276,12 @@ def test_as_a_command(source):
     for name in ("modeling_baichuan", "configuration_baichuan", "tokenization_baichuan", "sentencepiece", "torch"):
         (source / f"{name}.py").write_text("raise SystemExit('it was run')\n")
 
-    def run():
-        words = [sys.executable, ROOT / "scripts/convert_baichuan.py", "--model", "source", "--output", "llama"]
-        return subprocess.run(words, cwd=source.parent, capture_output=True, text=True, timeout=300, check=False)
-
-    done = run()
+    words = [ROOT / "scripts/convert_baichuan.py", "--model", "source", "--output", "llama"]
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "source is a Baichuan2-7B" in done.stderr
     assert sorted(os.listdir(source.parent)) == ["llama", "source"]
-    done = run()
+    done = run_command(words, source.parent)
     assert done.returncode == 2
     assert re.fullmatch(r"error: the output folder llama is not empty.*\n", own_lines(done.stderr))

@@ -6,7 +6,6 @@ import pty
 import re
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,6 +25,7 @@ from rollout.distribution import default_sampling
 from rollout.sampler import sample_replies
 from tests.adapter_folders import LENGTH, TEMPLATE, AdapterFolders, expected, make_adapter_folders, score_of
 from tests.conftest import make_tokenizer
+from tests.forks import start_command, wait_until
 from tests.helpers import load_with_jobs
 from utils.console import RunError, run_script
 
@@ -47,15 +47,10 @@ class Terminal:
 
     def __init__(self, words: list[str]) -> None:
         self.master, slave = pty.openpty()
-        environment = {**os.environ, "TERM": "dumb", "COLUMNS": "400", "PYTHONIOENCODING": "utf-8"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "chat.py"), *words],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=environment,
-            start_new_session=True,
-        )
+        environment = {"TERM": "dumb", "COLUMNS": "400", "PYTHONIOENCODING": "utf-8"}
+        self.process = start_command([ROOT / "chat.py", *words], ROOT, [os.ttyname(slave)] * 3, **environment)
+        # closed before the process has opened it, the terminal would be gone
+        assert wait_until(lambda: select.select([self.master], [], [], 0)[0], self.process)
         os.close(slave)
 
     def read(self, until: str, seconds: float = 120) -> str:
@@ -81,16 +76,16 @@ class Terminal:
     def interrupt(self, until: str) -> str:
         """Press Ctrl-C, again where it came just before Python began to wait for a key: then Python sees it at the next."""
         for _ in range(20):
-            self.process.send_signal(signal.SIGINT)
+            os.kill(self.process.pid, signal.SIGINT)
             with contextlib.suppress(AssertionError):
                 return self.read(until, seconds=5)
         raise AssertionError("Ctrl-C did nothing")
 
     def close(self) -> int:
         """Exit code of a program that ends by itself."""
-        code = self.process.wait(timeout=60)
+        self.process.join(60)
         os.close(self.master)
-        return code
+        return self.process.exitcode
 
 
 def clean(raw: bytes) -> str:
@@ -104,7 +99,7 @@ def terminal(folders: AdapterFolders) -> Iterator[Terminal]:
     greeting = terminal.read(r"\[SFT\] ")
     assert f"{folders.base} with base, SFT, v1.5; /help lists the commands" in greeting
     yield terminal
-    if terminal.process.poll() is None:
+    if terminal.process.is_alive():
         terminal.process.kill()
         terminal.close()
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -271,25 +272,22 @@ def test_nan_scores_raise_no_false_alarm() -> None:
     assert levels(score=math.nan) == []
 
 
+def measured() -> list[dict[str, float]]:
+    """The measures of 20 batches of random words."""
+    rng, words = Random(0), [f"word{i}" for i in range(60)]
+
+    def texts() -> list[str]:
+        return [" ".join(rng.sample(words, 15)) for _ in range(40)]
+
+    return [measure_responses(texts(), texts(), [None] * 40, [15] * 40) for _ in range(20)]
+
+
 def test_measures_are_the_same_in_every_process() -> None:
     """Words of a set come in an order that differs by process; a plain sum of their weights differed in its last digit.
 
     A resumed run, and the processes of one run, would then disagree.
     """
-    code = (
-        "from rewards.guard import measure_responses\n"
-        "from random import Random\n"
-        "rng, words = Random(0), [f'word{i}' for i in range(60)]\n"
-        "for _ in range(20):\n"
-        "    prompts, replies = ([' '.join(rng.sample(words, 15)) for _ in range(40)] for _ in range(2))\n"
-        "    print(measure_responses(prompts, replies, [None] * 40, [15] * 40))\n"
-    )
-    command = [sys.executable, "-c", code]
-    both = [
-        subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": seed}, cwd=ROOT, stdout=subprocess.PIPE)
-        for seed in ("1", "2")
-    ]
-    seen = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert seen[0] == seen[1]
-    assert seen[0]
+    environment = {**os.environ, "PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
+    command = [sys.executable, "-c", "from tests.test_guard import measured\nprint(measured())"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == f"{measured()}\n"

@@ -24,6 +24,7 @@ import reward_modeling
 import rl_training
 import sft_training
 from tests.conftest import make_tokenizer, save_base, write_rows
+from tests.forks import run_command
 from tests.helpers import load_plain, make_stages, save_sft
 from utils.arguments import DEFAULT_TEMPLATE, DataArguments, check_new_folder
 from utils.base_model import base_fingerprint
@@ -700,10 +701,18 @@ def test_an_output_folder_in_use_is_left_alone(paths, tmp_path, monkeypatch, cap
     assert Path(file).read_text() == "precious"
 
 
+def test_as_a_command(paths, tmp_path):
+    """The whole of stderr, import warnings and progress bars included, and the exit code that a shell sees."""
+    file = ROOT / f"{SCRIPTS['sft'].__name__}.py"
+    words = [sys.executable, str(file), *command("sft", {"dataset": "no/such.jsonl"}, paths, "out")]
+    done = subprocess.run(words, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    check(done.returncode, done.stderr, "there is no file or folder no/such.jsonl")
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("script", "changes", "environment", "message"),
     [
-        ("sft", {"dataset": "no/such.jsonl"}, {}, "there is no file or folder no/such.jsonl"),
         ("ppo", {"sft_model_lora_path": "{reward}"}, {}, "{reward} is a reward adapter"),
         (
             "sft",
@@ -718,25 +727,14 @@ def test_an_output_folder_in_use_is_left_alone(paths, tmp_path, monkeypatch, cap
             "wandb cannot be used: Failed to authenticate with http://127.0.0.1:9.*, or set WANDB_MODE=offline",
         ),
     ],
-    ids=["no file", "wrong adapter", "no wandb account", "no network for wandb"],
+    ids=["wrong adapter", "no wandb account", "no network for wandb"],
 )
-def test_as_a_command(paths, tmp_path, tmp_path_factory, script, changes, environment, message):
-    """The whole of stderr, import warnings and progress bars included, and the exit code that a shell sees."""
+def test_in_a_process_of_its_own(paths, tmp_path, tmp_path_factory, monkeypatch, script, changes, environment, message):
+    """Nobody's wandb account, an address where nothing answers, and not the wandb service of the tests' own process."""
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    nobody = {"HOME": str(tmp_path_factory.mktemp("home")), "WANDB_BASE_URL": "http://127.0.0.1:9"}
     file = ROOT / f"{SCRIPTS[script].__name__}.py"
-    words = [sys.executable, str(file), *command(script, changes, paths, "out")]
-    # nobody's wandb account, and an address where nothing answers
-    home = {"HOME": str(tmp_path_factory.mktemp("home")), "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    environment = {**os.environ, **home, **environment}
-    done = subprocess.run(
-        words,
-        check=False,
-        cwd=tmp_path,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_command([file, *command(script, changes, paths, "out")], tmp_path, **nobody, **environment)
     check(done.returncode, done.stderr, escaped(message, paths))
     assert os.listdir(tmp_path) == []
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import merge_lora
 from rewards.reward_model import new_reward_model
 from rollout.model import assemble_ppo_model
 from tests.conftest import make_model, make_tokenizer, save_base
+from tests.forks import run_command
 from tests.helpers import Stages, load_plain, load_with_jobs, make_stages, own_lines, strengthen
 from utils.adapters import REWARD, read_adapter
 from utils.arguments import LoraArguments, ModelArguments
@@ -263,8 +263,7 @@ def test_refusals(case, stages, tmp_path, merge, capsys):
 
 def test_exit_code_of_the_script(tmp_path):
     script = Path(merge_lora.__file__)
-    command = [sys.executable, str(script), "--base_model_name", "B", "--adapter_path", str(tmp_path / "none")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = run_command([script, "--base_model_name", "B", "--adapter_path", tmp_path / "none"], tmp_path)
     assert done.returncode == 2
     assert own_lines(done.stderr).startswith("error: --adapter_path ")
     assert len(own_lines(done.stderr).splitlines()) == 1
