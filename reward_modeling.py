@@ -57,6 +57,7 @@ from utils.arguments import (
     LoraArguments,
     ModelArguments,
     PlanArguments,
+    check_batches,
     check_numbers,
     default_autocast,
     parse_arguments,
@@ -67,6 +68,7 @@ from utils.batching import pad_right, part_size
 from utils.console import InputError, is_main_process, run_script, say
 from utils.data import Preferences, check_template, tokenize_preferences, train_and_eval_rows
 from utils.files import write_json
+from utils.offered import EVERY_STAGE, FIRST_STAGES
 from utils.sharding import check_state_dict, is_sharded, whole_parameters
 
 
@@ -135,6 +137,9 @@ def split_kinds(argument: str, names: str) -> tuple[str, ...]:
 @dataclass
 class RewardArguments(ResumableArguments, TrainingArguments):
     """The Trainer's arguments with this toolkit's defaults."""
+
+    offered = f"{EVERY_STAGE} {FIRST_STAGES}"
+    eval_metrics = "loss accuracy accuracy_low margin"
 
     output_dir: str | None = field(default="output/reward", metadata={"help": "Folder for everything that is written."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
@@ -506,6 +511,7 @@ def main() -> None:
     template = model_args.prompt_template
     check_template(template, tokenizer)
     pairs = read_pairs(data_args, template, tokenizer, training_args.seed)
+    check_batches(training_args, len(pairs.train))
 
     # ---- Model ----
     base = load_base(model_args, dtype, training_args.device)

@@ -72,18 +72,14 @@ from utils.base_model import load_base, load_tokenizer
 from utils.console import InputError, run_script, say
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
 from utils.files import append_jsonl, write_json
-
-TRAINER_NAMES = {  # arguments of the Trainer that PPO has under other names
-    "max_steps": "steps",
-    "num_train_epochs": "steps",
-    "save_steps": "save_freq",
-    "per_device_train_batch_size": "batch_size",
-}
+from utils.offered import EVERY_STAGE
 
 
 @dataclass
 class PPOArguments(ResumableArguments, TrainingArguments):
-    """PPO's own arguments and every argument of the Trainer.  Sizes are per process, as everywhere in the Trainer."""
+    """PPO's own arguments and those of the Trainer that it offers.  Sizes are per process, as everywhere in the Trainer."""
+
+    offered = EVERY_STAGE
 
     output_dir: str | None = field(default="output/ppo", metadata={"help": "Folder for everything that is written."})
     sft_model_lora_path: str | None = field(default=None, metadata={"help": "SFT adapter: policy and reference."})
@@ -103,7 +99,6 @@ class PPOArguments(ResumableArguments, TrainingArguments):
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of policy and value head."})
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; by default on a GPU that has it."})
     adafactor: bool = field(default=False, metadata={"help": "Adafactor instead of AdamW: less optimizer memory."})
-    logging_steps: float = field(default=1, metadata={"help": "Has no effect: every iteration is logged."})
     log_with: str | None = field(
         default=None, metadata={"help": "wandb, tensorboard, trackio ...: the same as --report_to."}
     )
@@ -222,12 +217,8 @@ class PPOArguments(ResumableArguments, TrainingArguments):
             say("warning: --merged_sft_model_path has no effect: the SFT adapter is used as it is, nothing is merged")
         if self.batched_gen is not None:
             say("warning: --batched_gen has no effect: replies are always sampled in batches")
-        if self.logging_steps != 1:
-            say("warning: --logging_steps has no effect: every iteration is logged")
-            self.logging_steps = 1
-        for name, ours in TRAINER_NAMES.items():  # set below from ours
-            if getattr(self, name) != getattr(TrainingArguments, name):
-                say(f"warning: --{name} has no effect here; use --{ours}")
+        if self.save_strategy == "best":
+            raise InputError("--save_strategy best: the guard keeps the best policy in best/; give steps, epoch or no")
         if self.log_with is not None:
             self.report_to = [self.log_with]
         if self.adafactor:
@@ -235,7 +226,7 @@ class PPOArguments(ResumableArguments, TrainingArguments):
         # The Trainer sees one step an iteration; the micro-batches inside it are counted here.
         self.gradient_accumulation_steps = 1
         self.per_device_train_batch_size = self.batch_size
-        self.max_steps, self.save_steps = self.steps, self.save_freq
+        self.max_steps, self.save_steps, self.logging_steps = self.steps, self.save_freq, 1
         self.remove_unused_columns, self.dataloader_drop_last = False, True
         self.label_names = []
         default_autocast(self)

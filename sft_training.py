@@ -29,6 +29,7 @@ from utils.arguments import (
     LoraArguments,
     ModelArguments,
     PlanArguments,
+    check_batches,
     check_evaluation,
     default_autocast,
     parse_arguments,
@@ -38,6 +39,7 @@ from utils.base_model import load_base, load_tokenizer
 from utils.batching import sft_part_size
 from utils.console import run_script, say
 from utils.data import check_template, tokenize_sft, train_and_eval_rows
+from utils.offered import EVERY_STAGE, FIRST_STAGES
 from utils.sharding import check_state_dict
 
 DEFAULT_DATASET = "Hello-SimpleAI/HC3-Chinese"  # the article's
@@ -47,7 +49,13 @@ DEFAULT_DATASET = "Hello-SimpleAI/HC3-Chinese"  # the article's
 class SFTArguments(ResumableArguments, SFTConfig):
     """TRL's configuration with this toolkit's defaults."""
 
+    offered = f"{EVERY_STAGE} {FIRST_STAGES} neftune_noise_alpha"
+    eval_metrics = "loss mean_token_accuracy entropy"
+
     output_dir: str | None = field(default="output/sft", metadata={"help": "Folder for everything that is written."})
+    max_length: int = field(
+        default=1024, metadata={"help": "Longest prompt + reply, in tokens; longer replies are cut."}
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     trust_remote_code: bool = field(default=False, init=False)  # ModelArguments has it, and the base is loaded here
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; by default on a GPU that has it."})
@@ -182,6 +190,7 @@ def main() -> None:
     train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_DATASET)
     check_evaluation(training_args, eval_rows is not None)
     train = tokenize_sft(train_rows, template, tokenizer, training_args.max_length)
+    check_batches(training_args, len(train))
     evaluation = eval_rows and tokenize_sft(eval_rows, template, tokenizer, training_args.max_length)
 
     # ---- Model ----

@@ -168,4 +168,5 @@ def logit_rows(device: torch.device, vocabulary: int) -> int:
 
 def entropies(logprobs: Tensor, probabilities: Tensor) -> Tensor:
     """Entropy of each distribution [N, V] in nats, [N].  A suppressed token has probability 0 and adds nothing."""
-    return -torch.linalg.vecdot(probabilities, logprobs.clamp(min=torch.finfo(logprobs.dtype).min))
+    # not vecdot(), which autocast makes bfloat16: the clamped number is -inf there, and 0 * -inf is NaN
+    return -logprobs.clamp(min=torch.finfo(logprobs.dtype).min).mul_(probabilities).sum(-1)

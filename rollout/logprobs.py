@@ -79,7 +79,7 @@ def tiled_logprobs(
         old_peak, peak = peak, torch.maximum(peak, shaped.amax(1))
         kept, weights = (old_peak - peak).exp(), (shaped - peak[:, None]).exp_()
         total = total * kept + weights.sum(1)
-        mean = mean * kept + torch.linalg.vecdot(weights, shaped.clamp(min=least))
+        mean = mean * kept + shaped.clamp(min=least).mul_(weights).sum(1)  # not vecdot(): see `entropies`
         if with_slopes:
             if by_plain is not None:
                 own_slope = torch.where(is_here, by_plain.gather(1, column).squeeze(1).float(), own_slope)

@@ -49,6 +49,8 @@ class ResumableArguments:
     def __post_init__(self) -> None:
         if self.max_nonfinite_steps < 1:
             raise InputError(f"--max_nonfinite_steps is {self.max_nonfinite_steps}; give a number above 0")
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
         super().__post_init__()
 
 
@@ -182,6 +184,15 @@ class ResumableTrainer(Trainer):
         if "train_loss" in logs:  # the Trainer's is of the steps since the last resume
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """--dataloader_drop_last is about training: an evaluation without its last rows is another one, or none at all."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     # ---- Checkpoints ----
 

@@ -323,11 +323,6 @@ def test_sizes_that_cannot_be(tmp_path, sizes, message):
         ({"merged_sft_model_path": "x"}, "merged_sft_model_path"),
         ({"batched_gen": True}, "batched_gen"),
         ({"batched_gen": False}, "batched_gen"),
-        ({"logging_steps": 10}, "logging_steps"),
-        ({"max_steps": 10}, "max_steps"),
-        ({"num_train_epochs": 1.0}, "num_train_epochs"),
-        ({"save_steps": 10}, "save_steps"),
-        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size"),
     ],
 )
 def test_arguments_without_effect_warn_once(tmp_path, capsys, given, name):
@@ -336,6 +331,21 @@ def test_arguments_without_effect_warn_once(tmp_path, capsys, given, name):
     assert warning.startswith(f"warning: --{name} has no effect")
     assert warning.count("\n") == 1
     assert (args.max_steps, args.save_steps, args.per_device_train_batch_size, args.logging_steps) == (7, 3, 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        ("max_steps", "steps"),
+        ("num_train_epochs", "steps"),
+        ("save_steps", "save_freq"),
+        ("per_device_train_batch_size", "batch_size"),
+    ],
+)
+def test_names_that_ppo_does_not_share_with_the_trainer(given, instead):
+    """They were taken with a warning, and the run then was another one than the one that was asked for."""
+    with pytest.raises(InputError, match=f"--{given} is not offered here: use --{instead}$"):
+        parse_arguments((PPOArguments,), [f"--{given}", "4"])
 
 
 def test_ppo_names_for_the_trainers_arguments(tmp_path):

@@ -5,20 +5,25 @@ checked by the same parser: aliases work in both, an unknown key is an error in 
 """
 
 import argparse
+import copy
+import dataclasses
 import difflib
+import importlib.util
 import json
 import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 
-from utils.console import InputError, is_main_process, one_line
+from utils.console import InputError, is_main_process, one_line, say
+from utils.offered import INSTEAD, NEEDS, NO_SCHEDULES, OF_BITSANDBYTES, OPTIMIZERS, SECTIONS
 
 DEFAULT_TEMPLATE = "问：{prompt}\n\n答："
 DEFAULT_PREFERENCES = "beyond/rlhf-reward-single-round-trans_chinese"  # the article's reward data and PPO prompts
@@ -144,11 +149,53 @@ class PlanArguments:
     )
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Each argument in one spelling; the parser takes --x-y for --x_y too."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        action = copy.copy(action)
+        action.option_strings = [option for option in action.option_strings if "-" not in option.lstrip("-")]
+        return super()._format_action_invocation(action)
+
+
 class _Parser(HfArgumentParser):
     """HfArgumentParser whose complaints are InputErrors, so that they end in one line like every other one."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
+
+    def withhold(self, names: set[str]) -> None:
+        """Leave arguments out of --help, and their defaults to the dataclass: what is parsed for them was given."""
+        for action in self._actions:
+            if action.dest in names or isinstance(action, argparse._StoreFalseAction):  # --no_x, for --x false
+                action.help = argparse.SUPPRESS
+            if action.dest in names:
+                action.default = argparse.SUPPRESS
+                action.type = action.choices = None  # whatever the value is, it is refused for its name
+
+    def sort_into_sections(self) -> None:
+        """What `SECTIONS` names in its order, behind --help and --config; the Trainer's other arguments at the end."""
+        section_of = {name: title for title, names in SECTIONS.items() for name in names.split()}
+        place = {name: number for number, name in enumerate(section_of)}
+        actions = {"": [], **{title: [] for title in SECTIONS}, "of the Trainer": []}
+        for action in sorted(self._actions, key=lambda action: place.get(action.dest, len(place))):
+            first = "" if action.dest in ("help", "config") else "of the Trainer"
+            actions[section_of.get(action.dest, first)].append(action)
+        self._optionals._group_actions = actions.pop("")
+        for title, group in actions.items():
+            self.add_argument_group(title)._group_actions = group
+
+
+def withheld(kind: type) -> set[str]:
+    """Arguments that a dataclass has from its library and does not offer.
+
+    What this toolkit's own classes declare is offered, and of the rest what the class names in `offered`, one string.
+    """
+    if not hasattr(kind, "offered"):
+        return set()
+    ours = [each for each in kind.__mro__ if not each.__module__.startswith(("transformers.", "trl."))]
+    own = {name for each in ours for name in vars(each).get("__annotations__", {})}
+    return {each.name for each in dataclasses.fields(kind)} - own - set(kind.offered.split())
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -184,7 +231,7 @@ def as_words(config: dict[str, Any]) -> list[str]:
 
 
 def parse_arguments(
-    dataclasses: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
+    kinds: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
 ) -> tuple[Any, ...]:
     """Read `argv` (default: the command line), with `--config FILE.yaml` in front of it, into one object a dataclass.
 
@@ -197,29 +244,51 @@ def parse_arguments(
     config = {} if path.config is None else read_yaml(path.config)
     words = as_words(config) + words
     parser = _Parser(
-        dataclasses,
+        kinds,
         parents=[config_parser],
         allow_abbrev=False,
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s [--config FILE.yaml] [--ARGUMENT VALUE ...]",
+        formatter_class=_Help,
     )
-    try:
-        # the last two: the namespace with --config, which has done its work, and the words nobody knows
-        *parsed, _, unknown = parser.parse_args_into_dataclasses(
-            words, return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:  # how TrainingArguments complains
-        raise InputError(f"{one_line(error)}; see --help") from error
-    known = [option for action in parser._actions for option in action.option_strings]
+    hidden = set().union(*map(withheld, kinds))
+    parser.withhold(hidden)
+    if any(hasattr(kind, "offered") for kind in kinds):
+        parser.sort_into_sections()
+    given, unknown = parser.parse_known_args(words)
+    unknown = [f"--{name}" for name in vars(given) if name in hidden] + unknown
+    known = [option for action in parser._actions if action.dest not in hidden for option in action.option_strings]
     unknown += [f"--{key}" for key, value in config.items() if value is None and f"--{key}" not in known]
     if unknown:
         name = unknown[0].split("=")[0]
+        instead = INSTEAD.get(name.removeprefix("--").replace("-", "_"))
         close = difflib.get_close_matches(name, known, n=1)
-        raise InputError(f"unknown argument {name}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+        advice = f"did you mean {close[0]}?" if close else "see --help"
+        raise InputError(f"{name} is not offered here: {instead}" if instead else f"unknown argument {name}; {advice}")
+    try:
+        parsed = parser.parse_dict(vars(given), allow_extra_keys=True)  # extra: --config, which has done its work
+    except json.JSONDecodeError as error:  # the one argument that takes JSON
+        raise InputError(
+            f"--lr_scheduler_kwargs is {given.lr_scheduler_kwargs}; give JSON such as '{{\"num_cycles\": 2}}'"
+        ) from error
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:  # how TrainingArguments complains
+        raise InputError(f"{one_line(error)}; see --help") from error
     for args in parsed:
         if isinstance(args, TrainingArguments):
             check_trainer_arguments(args)
-    return tuple(parsed)
+    warn_of_idle(parsed, hidden)
+    return parsed
+
+
+def warn_of_idle(parsed: Sequence[Any], hidden: set[str]) -> None:
+    """One line for each argument that was changed and has no effect beside the others."""
+    values = {name: value for args in parsed for name, value in vars(args).items()}
+    defaults = {each.name: each.default for args in parsed for each in dataclasses.fields(args)}
+    for names, needed, is_met in NEEDS:
+        changed = [name for name in names.split() if name in defaults and values[name] != defaults[name]]
+        for name in changed:
+            if name not in hidden and not is_met(SimpleNamespace(**values)):
+                say(f"warning: --{name} has no effect here; it needs {needed}")
 
 
 def check_trainer_arguments(args: TrainingArguments) -> None:
@@ -227,9 +296,16 @@ def check_trainer_arguments(args: TrainingArguments) -> None:
     sizes = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
     check_numbers(
         args,
-        above_0=f"{sizes} num_train_epochs logging_steps save_steps eval_steps",
-        from_0="learning_rate weight_decay max_grad_norm warmup_steps",
+        above_0=f"{sizes} num_train_epochs logging_steps save_steps eval_steps adam_epsilon ddp_timeout",
+        from_0="learning_rate weight_decay max_grad_norm warmup_steps eval_delay neftune_noise_alpha",
     )
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"--{name} is {getattr(args, name)}; give a share from 0 up to, not including, 1")
+    if args.save_total_limit is not None and args.save_total_limit < 1:
+        raise InputError(
+            f"--save_total_limit is {args.save_total_limit}; give a number above 0, or leave it out for all"
+        )
     if args.max_steps == 0 or args.max_steps < -1:
         raise InputError(f"--max_steps is {args.max_steps}; give a number above 0, or -1 to count epochs")
     for name in ("seed", "data_seed"):  # numpy's range
@@ -237,6 +313,37 @@ def check_trainer_arguments(args: TrainingArguments) -> None:
             raise InputError(f"--{name} is {getattr(args, name)}; give a number from 0 to {2**32 - 1}")
     if args.fp16 and args.device.type == "cpu":
         raise InputError("--fp16 true needs a GPU; leave it out on a CPU")
+    check_optimizer(args)
+    metrics = getattr(args, "eval_metrics", "").split()
+    wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metrics and wanted not in metrics:
+        raise InputError(f"--metric_for_best_model {wanted} is no metric of an evaluation; give {', '.join(metrics)}")
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        raise InputError("--save_strategy best needs evaluations; add --eval_strategy steps, or epoch")
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Refuse an optimizer that this toolkit was not tried with, and a schedule that cannot be made.  Raises InputError."""
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if optimizer not in (*OPTIMIZERS, *OF_BITSANDBYTES):
+        raise InputError(
+            f"--optim {optimizer} is not offered; give one of {', '.join((*OPTIMIZERS, *OF_BITSANDBYTES))}"
+        )
+    if optimizer in OF_BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"--optim {optimizer} needs bitsandbytes; run `pip install -r requirements-4bit.txt`")
+    schedule, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    if schedule in NO_SCHEDULES:
+        raise InputError(f"--lr_scheduler_type {schedule.value} is not offered; give cosine, linear or constant")
+    if options is not None and not isinstance(options, dict):
+        raise InputError(f"--lr_scheduler_kwargs is {options}; give JSON such as '{{\"num_cycles\": 2}}'")
+    try:
+        get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)]), 1, 2, options)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"--lr_scheduler_type {schedule.value} cannot be made of --lr_scheduler_kwargs {options}: {one_line(error)}"
+        ) from error
+    if options and schedule in ("constant", "constant_with_warmup"):
+        raise InputError(f"--lr_scheduler_type {schedule.value} takes no --lr_scheduler_kwargs; leave them out")
 
 
 def default_autocast(training_args: TrainingArguments) -> None:
@@ -275,6 +382,16 @@ def check_evaluation(training_args: TrainingArguments, has_rows: bool) -> None:
     if (training_args.eval_strategy != "no" or training_args.eval_on_start) and not has_rows:
         raise InputError(
             "--eval_strategy and --eval_on_start need held-out rows; give --eval_dataset or an --eval_fraction above 0"
+        )
+
+
+def check_batches(training_args: TrainingArguments, rows: int) -> None:
+    """Refuse a run whose only batch would be dropped.  Raises InputError."""
+    size = training_args.per_device_train_batch_size * training_args.world_size
+    if training_args.dataloader_drop_last and rows < size:
+        raise InputError(
+            f"--dataloader_drop_last true leaves nothing to train on: {rows} rows are fewer than the {size} of a batch; "
+            "leave it out, or lower --per_device_train_batch_size"
         )
 
 
