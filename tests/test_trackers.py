@@ -259,7 +259,18 @@ def test_trackio_gets_the_same(runs: Runs, data: dict[str, str], tmp_path: Path,
     words = ["--model_name", runs.folder / "base", "--prompt_template", TEMPLATE, "--dataset", data["preferences"]]
     words += ["--sft_model_lora_path", runs.folder / "stages/sft", "--reward_model_lora_path", runs.folder / "reward"]
     words += ["--allow_weak_reward", "true", "--guard", "off", "--output_max_length", "12", "--steps", "1"]
-    words += ["--batch_size", BATCH, "--log_with", "trackio", "--run_name", "tests", "--project", "toolkit", "--output_dir", tmp_path / "ppo"]
+    words += [
+        "--batch_size",
+        BATCH,
+        "--log_with",
+        "trackio",
+        "--run_name",
+        "tests",
+        "--project",
+        "toolkit",
+        "--output_dir",
+        tmp_path / "ppo",
+    ]
     run_main(rl_training, words, monkeypatch)
     assert str(trackio.utils.TRACKIO_DIR) == os.environ["TRACKIO_DIR"]
     rows = trackio.SQLiteStorage.get_logs("toolkit", "tests")
