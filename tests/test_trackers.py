@@ -145,14 +145,15 @@ def test_histograms_are_of_the_replies(runs: Runs) -> None:
 @pytest.mark.parametrize(("name", "more"), [("plain", []), ("watched", ["gold"])])
 def test_samples_are_shown_at_the_start_and_with_every_checkpoint(runs: Runs, name: str, more: list[str]) -> None:
     samples = read_jsonl(str(runs.folder / name / "samples.jsonl"))
-    assert list(samples[0]) == ["iteration", "prompt", "response", "score", "kl", "length", *more]
+    columns = ["iteration", "prompt", "response", "score", "kl", "length", "ended", *more]
+    assert list(samples[0]) == [*columns, "response_ids"]  # which say nothing to a person
     tables = read_wandb(runs, name).series["reply/samples"]
     texts = read_tensorboard(runs, name).texts["reply/samples"]
     assert list(tables) == list(texts) == [1, 2, 3]  # the SFT model, --save_freq 2, the end
     for iteration, table in tables.items():
         rows = [row for row in samples if row["iteration"] == iteration][:SAMPLES]
-        assert table.columns == list(rows[0])
-        assert table.data == [list(row.values()) for row in rows]
+        assert table.columns == columns
+        assert table.data == [[row[column] for column in columns] for row in rows]
         assert len(texts[iteration].splitlines()) == 2 + len(rows)
 
 
