@@ -571,3 +571,53 @@ def test_statistics_come_from_the_reward_card(stages: Stages, tmp_path: Path, ca
     assert capsys.readouterr().err.count("has no reward_card.json") == 1
     assert read(score_mean=-1.5, score_std=0.25) == ScoreStatistics(-1.5, 0.25)
     assert read(score_mean=-1.5, score_std=0.0) == ScoreStatistics(-1.5, 1.0)  # all scores alike
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What one iteration may not share with the next, and numbers that nothing else looks at
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_each_iteration_samples_anew_and_each_epoch_has_its_order(stages: Stages, tmp_path: Path) -> None:
+    """Seeds without the iteration give the same responses to the same prompts for ever."""
+    trainer = make_ppo_trainer(stages, tmp_path)
+    rows = [trainer.train_dataset[row] for row in range(8)]
+    sampled, orders = [], []
+    for iteration in (0, 1, 0):
+        trainer.state.global_step = iteration
+        sampled.append(trainer.collect(trainer.model, rows).responses)
+        orders.append(torch.cat(list(trainer.optimizer_batches(8))).view(2, 8).tolist())  # [epochs, rows]
+    assert sampled[0] == sampled[2] != sampled[1]
+    assert orders[0] == orders[2] != orders[1]
+    for first, second in orders:
+        assert sorted(first) == sorted(second) == list(range(8))
+        assert first != second
+
+
+def test_a_policy_that_is_not_the_sft_model_at_the_start_ends_the_run(stages: Stages, tmp_path: Path) -> None:
+    trainer = make_ppo_trainer(stages, tmp_path)
+    move_policy(trainer, size=0.01)
+    with pytest.raises(RuntimeError, match="the policy is not the SFT model before its first update: KL") as stopped:
+        trainer.train()
+    assert 1e-3 < float(str(stopped.value).rpartition(" ")[2]) < 10  # far enough from the limit to say something of it
+
+
+def test_the_kl_weight_moves_with_the_responses_of_an_iteration(stages: Stages, tmp_path: Path) -> None:
+    """KL is 0 in the first iteration, 100% under its target and so 20% after the clip: 8 responses of a horizon of 100."""
+    trainer = make_ppo_trainer(stages, tmp_path, steps=1, adap_kl_ctrl=True, adap_kl_horizon=100.0, init_kl_coef=0.5)
+    trainer.train()
+    assert trainer.kl_coef == pytest.approx(0.5 * (1 - 0.2 * 8 / 100), rel=1e-6)
+
+
+@pytest.mark.parametrize(("share", "steps"), [(1.25, 2), (1.6, 1)])
+def test_early_stopping_is_at_one_and_a_half_times_the_target(
+    stages: Stages, tmp_path: Path, share: float, steps: int
+) -> None:
+    """Two optimizer steps; before the first KL is 0, so that of the second is twice the mean."""
+    settings = {"steps": 1, "ppo_epochs": 1}
+    free = make_ppo_trainer(stages, tmp_path / "free", **settings)
+    free.train()
+    second = 2 * free.state.log_history[0]["approx_kl"]
+    trainer = make_ppo_trainer(stages, tmp_path / "stops", early_stopping=True, target_kl=second / share, **settings)
+    trainer.train()
+    assert trainer.state.log_history[0]["optimizer_steps"] == steps

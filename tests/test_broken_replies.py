@@ -296,3 +296,9 @@ def test_what_is_made_is_found(breaker: ResponseBreaker, kind: str) -> None:
     found = [find_broken(good.prompt, broken) for good, broken in replies]
     assert sum(name is not None for name in found) >= len(replies) - 1  # a short reply twice may pass for emphasis
     assert not any(find_broken(good.prompt, good.response) for good in breaker.responses)
+
+
+def test_a_loop_has_fewer_different_runs_than_the_limit() -> None:
+    """a to f twice: 6 of its 10 runs of three words are different, just the limit; one word less varied is a loop."""
+    assert find_broken("say it", "a b c d e f a b c d e f") is None
+    assert find_broken("say it", "a b c d e f a b c d e f a") == "loop"

@@ -12,6 +12,7 @@ from utils.batching import pad_right
 from utils.console import InputError
 from utils.data import (
     encode_prompt,
+    encode_response,
     format_prompt,
     read_dataset,
     tokenize_preferences,
@@ -356,3 +357,16 @@ def test_who_is_held_out_is_the_same_for_ever():
     assert in_share("abc", 0.729) is True  # 0xba7816bf / 2^32 = 0.72839...
     assert in_share("abc", 0.728) is False
     assert hash64("\ud800") == hash64("?")
+
+
+def test_a_prompt_of_just_the_longest_length_is_kept(tokenizer):
+    longest = len(encode_prompt("hello", TEMPLATE, tokenizer))
+    assert len(tokenize_prompts(one({"prompt": "hello"}), TEMPLATE, tokenizer, longest)) == 1
+    with pytest.raises(InputError):
+        tokenize_prompts(one({"prompt": "hello"}), TEMPLATE, tokenizer, longest - 1)
+
+
+def test_eos_in_text_is_left_out_however_often_it_stands_there(tokenizer):
+    """Exports often end each text with EOS, some with two; a query with EOS behind it asks for nothing."""
+    assert encode_prompt("hi", "Q: {prompt}\nA:</s></s>", tokenizer) == ids_of(tokenizer, "Q: hi\nA:")
+    assert encode_response("yo</s></s>", tokenizer) == ids_of(tokenizer, "yo")

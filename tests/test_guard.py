@@ -291,3 +291,24 @@ def test_measures_are_the_same_in_every_process() -> None:
     command = [sys.executable, "-c", "from tests.test_guard import measured\nprint(measured())"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout == f"{measured()}\n"
+
+
+def test_lost_by_one_source_is_lost() -> None:
+    """The last source looked at decided, so that held-out prompts over the budget took a collapse of the rollouts back."""
+    guard = watched()
+    guard.check(1, {"rollouts": SFT, "held-out": SFT})
+    guard.check(2, {"rollouts": {**SFT, "length": 5.0, "kl": 6.0}, "held-out": {**SFT, "kl": 6.0}})
+    assert guard.collapse_at == 2
+
+
+def test_an_extreme_score_that_the_sft_model_has_too_is_no_sign() -> None:
+    assert find_signs({**SFT, "extreme": 9.0}, {**SFT, "extreme": 8.5}, LIMITS) == []
+    assert len(find_signs({**SFT, "extreme": 9.0}, {**SFT, "extreme": 7.5}, LIMITS)) == 1
+
+
+def test_a_tie_does_not_replace_best() -> None:
+    """A later policy with the same score is farther from the SFT model for nothing."""
+    guard = watched()
+    assert guard.is_best(0, SFT, [])
+    assert not guard.is_best(5, dict(SFT), [])
+    assert guard.best["iteration"] == 0

@@ -225,3 +225,10 @@ def test_a_file_that_is_no_card(tmp_path: Path, content: str, message: str) -> N
     (tmp_path / "reward_card.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=message):
         read_card(str(tmp_path))
+
+
+def test_a_model_that_cannot_tell_anything_apart_passes_no_probe() -> None:
+    """A constant score is no win: taken for one, a model that learned nothing passes every probe."""
+    pairs = [{"kind": kind, "chosen_ids": [4, 6], "rejected_ids": [1]} for kind in ("empty", "blank")]
+    card, _ = probe(lambda sequences, description: np.zeros(len(sequences)), pairs, [])
+    assert card["probes"] == {"empty": 0.0, "blank": 0.0}

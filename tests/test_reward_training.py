@@ -12,7 +12,16 @@ from peft import PeftModel
 from torch import Tensor
 
 import reward_modeling
-from reward_modeling import RewardDataArguments, add_broken_pairs, length_penalty, pairwise_loss
+from reward_modeling import (
+    Pairs,
+    RewardArguments,
+    RewardDataArguments,
+    add_broken_pairs,
+    build_trainer,
+    length_penalty,
+    pairwise_loss,
+    response_lengths,
+)
 from rewards.broken_replies import KINDS
 from rewards.reward_model import ensemble_score, member_folders, member_scores, new_reward_model, reward_scores
 from rollout.distribution import default_sampling
@@ -107,6 +116,25 @@ def test_the_length_penalty_changes_what_is_learnt(train) -> None:
     penalised = card_of(train("penalised", **settings, length_penalty_coefficient=20))["length_correlation"]
     assert plain < -0.9
     assert abs(penalised) < 0.6
+
+
+def test_the_length_penalty_is_of_ordinary_pairs_alone(base: str, tmp_path: Path) -> None:
+    """A broken reply is short or long for a reason: with it among the lengths, the penalty works against the probes."""
+    args = RewardArguments(
+        output_dir=str(tmp_path), length_penalty_coefficient=3.0, use_cpu=True, report_to="none", eval_strategy="no"
+    )
+    rows = with_broken(0.5)
+    pairs = Pairs(rows, response_lengths(rows), rows, [])
+    trainer = build_trainer(args, LoraArguments(lora_r=4), load_plain(base), make_tokenizer(), pairs)
+    batch = trainer.collate([*rows.select(range(4)), *rows.select(range(len(rows) - 4, len(rows)))])
+    assert batch["broken"].tolist() == [False] * 4 + [True] * 4
+    with torch.no_grad():
+        loss, scores = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)
+        args.length_penalty_coefficient = 0.0
+        plain, _ = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    expected = np.corrcoef(scores[:4].flatten().numpy(), batch["lengths"][:4].flatten().numpy())[0, 1] ** 2
+    assert expected > 0.01
+    assert float(loss - plain) == pytest.approx(3 * expected, rel=1e-3)
 
 
 # ---- Data ----
