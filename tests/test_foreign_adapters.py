@@ -38,6 +38,7 @@ from tests.helpers import (
     queries_of,
     run_main,
     save_reward,
+    strengthen,
 )
 from utils.adapters import POLICY, REFERENCE, load_adapter, read_adapter, use_adapter
 from utils.arguments import LoraArguments, ModelArguments
@@ -376,7 +377,8 @@ def test_the_reward_stage_gives_back_what_it_borrowed(kind, bases, folder, tmp_p
     can be read back."""
     base = bases["tied"]
     sft = save_adapter(base, folder / f"tied {kind} 1", kind, 1)
-    model, members = new_reward_model(load_plain(base), LoraArguments(lora_r=4), seed=2)
+    model, members = new_reward_model(load_plain(base), LoraArguments(lora_r=4, lora_dropout=0.5), seed=2)
+    strengthen(model, seed=2)
     model.save_pretrained(tmp_path)
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     with torch.no_grad():

@@ -219,7 +219,7 @@ def check_adapter(
 
 
 def load_adapter(model: PeftModel, adapter: SavedAdapter, name: str) -> None:
-    """Add a frozen adapter under `name` and make sure that every tensor of its file went in.
+    """Add a frozen adapter under `name` and make sure that every tensor of its file went in; the model is in eval mode then.
 
     Raises InputError when shapes or names do not fit the base, or the adapters that are on it.
     """
@@ -230,6 +230,7 @@ def load_adapter(model: PeftModel, adapter: SavedAdapter, name: str) -> None:
         result = set_peft_model_state_dict(model, tensors, adapter_name=name)
     _check_loaded(model, result, adapter.path, name)
     model.set_requires_grad(name, requires_grad=False)
+    model.eval()  # a new layer is in train mode, where its dropout acts
 
 
 def attach_adapter(base: PreTrainedModel, adapter: SavedAdapter, config: LoraConfig, name: str = POLICY) -> PeftModel:
