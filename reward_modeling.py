@@ -34,7 +34,7 @@ from reporting.trackers import show_card
 from rewards.broken_replies import KINDS, TRAIN_WEIGHT, broken_pairs
 from rewards.reward_card import CARD_FILE, card_table, in_short, make_card, pair_measures, probe
 from rewards.reward_model import ensemble_score, member_folders, member_scores, new_reward_model
-from rollout.distribution import default_sampling
+from rollout.distribution import check_output_logits, default_sampling
 from rollout.sampler import sample_replies
 from runs.memory_plan import announce, reward_plan
 from runs.run_files import RunFiles, run_record
@@ -63,7 +63,7 @@ from utils.arguments import (
     parse_arguments,
     set_up_ddp,
 )
-from utils.base_model import load_base, load_tokenizer
+from utils.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from utils.batching import pad_right, part_size
 from utils.console import InputError, is_main_process, run_script, say
 from utils.data import Preferences, check_template, tokenize_preferences, train_and_eval_rows
@@ -475,6 +475,7 @@ def build_trainer(
 ) -> RewardTrainer:
     """The trainer, ready to train.  Changes `base`, which gets adapters and heads.  record: content of run.json."""
     model, members = new_reward_model(base, lora_args, args.seed, args.ensemble_size)
+    check_output_logits(model)  # for the responses of an SFT model in the card
     if args.activation_checkpointing:
         model.enable_input_require_grads()  # a frozen embedding gives checkpointed layers nothing to differentiate
     trainer = RewardTrainer(
@@ -515,6 +516,14 @@ def main() -> None:
 
     # ---- Model ----
     base = load_base(model_args, dtype, training_args.device)
+    check_tokenizer(base, tokenizer)
+    sides = [
+        pair[side]
+        for rows in (pairs.train, pairs.evaluation, pairs.probes)
+        for pair in rows
+        for side in ("chosen_ids", "rejected_ids")
+    ]
+    check_lengths(base, max(map(len, sides)), "the longest pair", "--max_length")
     sft = None
     if data_args.sft_model_lora_path is not None:
         sft = read_adapter(data_args.sft_model_lora_path, "--sft_model_lora_path")

@@ -68,7 +68,7 @@ from utils.arguments import (
     parse_arguments,
     set_up_ddp,
 )
-from utils.base_model import load_base, load_tokenizer
+from utils.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from utils.console import InputError, run_script, say
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
 from utils.files import append_jsonl, write_json
@@ -691,6 +691,10 @@ def main() -> None:
 
     # ---- Model ----
     base = load_base(model_args, dtype, training_args.device)
+    check_tokenizer(base, tokenizer)
+    queries = [ids for rows in prompts if rows is not None for ids in rows["input_ids"]]
+    longest = max(map(len, queries)) + training_args.output_max_length
+    check_lengths(base, longest, "the longest prompt with its reply", "--max_length or --output_max_length")
     check_adapter(sft, "--sft_model_lora_path", False, template, base)
     check_adapter(reward, "--reward_model_lora_path", True, template, base)
     if sft.frozen_parts:

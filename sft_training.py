@@ -35,7 +35,7 @@ from utils.arguments import (
     parse_arguments,
     set_up_ddp,
 )
-from utils.base_model import load_base, load_tokenizer
+from utils.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from utils.batching import sft_part_size
 from utils.console import run_script, say
 from utils.data import check_template, tokenize_sft, train_and_eval_rows
@@ -195,6 +195,9 @@ def main() -> None:
 
     # ---- Model ----
     base = load_base(model_args, dtype, training_args.device)
+    check_tokenizer(base, tokenizer)
+    longest = max(len(row["input_ids"]) for rows in (train, evaluation or []) for row in rows)
+    check_lengths(base, longest, "the longest row", "--max_length")
     record = run_record("sft", base, model_args, training_args, data=asdict(data_args), lora=asdict(lora_args))
 
     # ---- Training ----

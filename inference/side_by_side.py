@@ -11,11 +11,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from rewards.reward_model import load_reward, reward_scores
 from rollout.batch import make_batch
-from rollout.distribution import Sampling, default_sampling
+from rollout.distribution import Sampling, check_output_logits, default_sampling
 from rollout.sampler import sample_replies
 from utils.adapters import REWARD, SavedAdapter, attach_adapter, check_adapter, load_adapter, read_adapter, use_adapter
 from utils.arguments import DEFAULT_TEMPLATE, ModelArguments
-from utils.base_model import load_base, load_tokenizer
+from utils.base_model import check_tokenizer, load_base, load_tokenizer
 from utils.console import InputError
 from utils.data import Message, check_template, encode_prompt
 from utils.hashing import hash64
@@ -148,6 +148,7 @@ def load_models(args: InferenceArguments) -> ChatModels:
     # ---- Base ----
     device, dtype = choose_device(args)
     base = load_base(args, dtype)
+    check_tokenizer(base, tokenizer)
     for name, adapter in adapters.items():
         check_adapter(adapter, f"--adapters {name}", False, template, base)
     if reward is not None:
@@ -166,8 +167,10 @@ def load_models(args: InferenceArguments) -> ChatModels:
         load_adapter(model, adapter, name)
     if reward is not None:
         load_reward(model, reward)
+    model.eval()
+    check_output_logits(model)
     active = {BARE_BASE: [], **{title: [name] for title, name in zip(adapters, names, strict=True)}}
-    return ChatModels(model.eval(), tokenizer, template, active, samplings, longest, args.seed)
+    return ChatModels(model, tokenizer, template, active, samplings, longest, args.seed)
 
 
 def read_named_adapters(words: Sequence[str]) -> dict[str, SavedAdapter]:

@@ -1,5 +1,6 @@
 """The reward model: one reward adapter with its score head, or an ensemble of them, on the shared base."""
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 
@@ -21,11 +22,12 @@ def new_reward_model(
     """Base + new reward adapters with a score head each, the only trainable parts; and the names of the adapters."""
     enable_jobs(base)
     members = [POLICY, *(f"{MEMBER}{number}" for number in range(1, ensemble_size))]
-    configs = {name: new_lora_config(lora, base, "SEQ_CLS") for name in members}  # before PEFT renames the layers
+    config = new_lora_config(lora, base, "SEQ_CLS")
+    configs = [copy.deepcopy(config) for _ in members]  # PEFT writes into the one that it gets
     add_score_head(base, seed)
-    model = PeftModel(base, configs[POLICY])
-    for name in members[1:]:
-        model.add_adapter(name, configs[name])
+    model = PeftModel(base, configs[0])
+    for name, config in zip(members[1:], configs[1:], strict=True):
+        model.add_adapter(name, config)
     for name in members:
         model.set_requires_grad(name, requires_grad=True)
     return model, members

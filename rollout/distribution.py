@@ -124,7 +124,11 @@ def scale_logits(base: PreTrainedModel, logits: Tensor) -> Tensor:
         logits = logits * config.logit_scale
     if getattr(config, "logits_scaling", None):  # Granite
         logits = logits / config.logits_scaling
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    if getattr(config, "logits_mup_width_multiplier", None):  # Inkling
+        logits = logits / config.logits_mup_width_multiplier
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(
+        config, "logits_soft_cap", None
+    )  # Gemma 2, Recurrent Gemma
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from rollout.batch import ReplyStatistics
+from rollout.cache import new_cache
 from rollout.distribution import Sampling, entropies, output_logits, sampling_logits
 from utils.batching import pad_right
 from utils.console import RunError
-from utils.heads import Job, state_values
+from utils.heads import Job, last_token_index, state_values
 from utils.sharding import is_sharded
 
 
@@ -29,15 +30,17 @@ class Drawn(NamedTuple):
     values: Tensor | None  # float32 [R], of the state in front of the token
 
 
-def draw_job(uniforms: Tensor, seen: Tensor | None, first: bool, sampling: Sampling, with_values: bool) -> Job:
+def draw_job(
+    uniforms: Tensor, mask: Tensor, seen: Tensor | None, first: bool, sampling: Sampling, with_values: bool
+) -> Job:
     """Job that draws the next token of each row.
 
-    uniforms: float64 [R], one number in [0, 1) a row picks its token from the cumulative distribution; seen: as in
-    `sampling_logits`; first: whether these are the first tokens of their replies.
+    uniforms: float64 [R], one number in [0, 1) a row picks its token from the cumulative distribution; mask: int64 [R, L] of
+    the tokens in this pass; seen: as in `sampling_logits`; first: whether these are the first tokens of their replies.
     """
 
     def job(base: PreTrainedModel, hidden: Tensor) -> Drawn:
-        states = hidden[:, -1]  # [R, H]
+        states = hidden[torch.arange(len(hidden), device=hidden.device), last_token_index(mask)]  # [R, H]
         is_first = torch.full(states.shape[:1], first, device=states.device)
         logprobs = sampling_logits(output_logits(base, states), seen, is_first, sampling).log_softmax(-1)  # [R, V]
         probabilities = logprobs.exp()
@@ -140,7 +143,9 @@ def draw_replies(
     if sampling.repetition_penalty != 1:
         vocabulary = model.get_output_embeddings().weight.shape[0]
         seen = torch.zeros(count, vocabulary, dtype=torch.int64, device=device).scatter_add(1, ids, mask).bool()
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model)
+    if cache is None:  # whole rows each time: padded on the right, which no causal model sees
+        ids, mask = (part.to(device) for part in pad_right(queries, sampling.pad_token_id))
     tokens = torch.full((count, longest), sampling.pad_token_id, device=device)
     logprobs, entropy, values = (torch.zeros(count, longest, device=device) for _ in range(3))
     lengths = torch.zeros(count, dtype=torch.int64, device=device)
@@ -149,7 +154,8 @@ def draw_replies(
     if streamer is not None:
         streamer.put(ids.cpu())
     for step in range(longest):
-        job = draw_job(uniforms[rows, step], seen, step == 0, sampling, with_values)
+        new = mask[:, -ids.shape[1] :]
+        job = draw_job(uniforms[rows, step], new, seen, step == 0, sampling, with_values)
         drawn = model(input_ids=ids, attention_mask=mask, past_key_values=cache, job=job)
         if not done:
             tokens[rows, step], logprobs[rows, step], entropy[rows, step] = drawn.tokens, drawn.logprobs, drawn.entropy
@@ -164,13 +170,20 @@ def draw_replies(
             break
         if done:  # a row whose tokens nobody reads, since the forward pass of the others needs this process
             on = torch.zeros(1, dtype=torch.int64, device=device)
-        ids, mask = drawn.tokens[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        token = drawn.tokens[:, None]
         if seen is not None:
-            seen = seen.scatter(1, ids, True)
+            seen = seen.scatter(1, token, True)
+        if cache is None:
+            end = mask.sum(1, keepdim=True)
+            ids = nn.functional.pad(ids, (0, 1), value=sampling.pad_token_id).scatter(1, end, token)
+            mask = nn.functional.pad(mask, (0, 1)).scatter(1, end, 1)
+        else:
+            ids, mask = token, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         if len(on) < len(rows):
             rows, ids, mask = rows[on], ids[on], mask[on]
             seen = None if seen is None else seen[on]
-            cache.batch_select_indices(on)
+            if cache is not None:
+                cache.reorder_cache(on)  # all layers have it; batch_select_indices only those of attention
     if streamer is not None:
         streamer.end()
     width = int(lengths.max())

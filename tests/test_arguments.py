@@ -21,7 +21,7 @@ from reward_modeling import RewardArguments
 from rl_training import PPOArguments
 from sft_training import SFTArguments
 from tests.conftest import make_model
-from utils.adapters import resolve_target_modules
+from utils.adapters import resolve_target_modules, text_layers
 from utils.arguments import (
     DataArguments,
     LoraArguments,
@@ -193,7 +193,7 @@ ALL_LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj",
     ],
 )
 def test_target_modules(llama, capsys, names, wanted):
-    assert sorted(resolve_target_modules(names, llama)) == wanted
+    assert sorted(resolve_target_modules(names, text_layers(llama))) == wanted
     assert capsys.readouterr().err == ""
 
 
@@ -202,7 +202,7 @@ def test_target_modules(llama, capsys, names, wanted):
     [("W_pack", ["k_proj", "q_proj", "v_proj"]), ("W_pack|o_proj", ["k_proj", "o_proj", "q_proj", "v_proj"])],
 )
 def test_w_pack_means_q_k_and_v_where_they_are_apart(llama, capsys, names, wanted):
-    assert sorted(resolve_target_modules(names, llama)) == wanted
+    assert sorted(resolve_target_modules(names, text_layers(llama))) == wanted
     warning = capsys.readouterr().err
     assert warning.startswith("warning: ")
     assert warning.count("\n") == 1
@@ -211,7 +211,7 @@ def test_w_pack_means_q_k_and_v_where_they_are_apart(llama, capsys, names, wante
 
 def test_all_linear_of_a_model_with_another_layout():
     """GPT-2 has Conv1D where others have Linear."""
-    assert resolve_target_modules("all-linear", make_model("gpt2")) == ["c_attn", "c_fc", "c_proj"]
+    assert resolve_target_modules("all-linear", text_layers(make_model("gpt2"))) == ["c_attn", "c_fc", "c_proj"]
 
 
 @pytest.mark.parametrize("names", ["query", "q_proj|query", "lm_head", "|", "W_pack"])
@@ -219,7 +219,7 @@ def test_unknown_target_modules_list_the_layers_there_are(llama, names):
     model = make_model("gpt2") if names == "W_pack" else llama
     layers = "c_attn, c_fc, c_proj" if names == "W_pack" else ", ".join(ALL_LINEAR)
     with pytest.raises(InputError) as caught:
-        resolve_target_modules(names, model)
+        resolve_target_modules(names, text_layers(model))
     assert f"--lora_target_modules {names}: " in str(caught.value)
     assert layers in str(caught.value)
 

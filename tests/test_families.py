@@ -1,21 +1,23 @@
 """All three stages and the merge on tiny random models of six families, through the scripts' own main().
 
-Each family runs the whole pipeline once, with two or three steps a stage; the tests look at what it left behind.
+Each family runs the whole pipeline once, with two or three steps a stage; the tests look at what it left behind.  A dozen
+more, unlike these and each other, are asked for single things at the end; `tests.stress.families` runs all there are.
 """
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, Trainer
 
 import merge_lora
 import reward_modeling
@@ -25,11 +27,16 @@ from rollout.batch import Batch, make_batch
 from rollout.distribution import Sampling
 from rollout.logprobs import reply_job
 from rollout.model import assemble_ppo_model
-from tests.conftest import FAMILIES, save_base
-from tests.helpers import load_plain, run_main
-from utils.adapters import POLICY, REFERENCE, REWARD, load_weights, read_adapter, use_adapter
+from rollout.sampler import draw_replies
+from tests.conftest import FAMILIES, make_model, make_tokenizer, save_base, write_rows
+from tests.helpers import Stages, independent_logprobs, load_plain, make_stages, run_main, strengthen
+from tests.tiny import tiny_model
+from utils.adapters import POLICY, REFERENCE, REWARD, load_weights, new_lora_config, read_adapter, use_adapter
+from utils.arguments import LoraArguments, ModelArguments
+from utils.base_model import check_causal, check_tokenizer, load_base, position_limit, text_decoder
+from utils.console import InputError
 from utils.files import read_jsonl
-from utils.heads import load_value_head, score_job
+from utils.heads import enable_jobs, load_value_head, score_job
 
 QUERIES = [[5, 9, 33, 7], [41], [100, 60, 61, 62, 63, 64, 65]]
 RESPONSES = [[12, 300, 2], [90, 91, 92, 93, 94, 95, 2], [17]]  # the last one was cut: it has no EOS
@@ -287,3 +294,186 @@ def test_what_the_stages_wrote(pipeline):
         assert json.loads((folder / "run.json").read_text())["stage"] == stage
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == pipeline.base
+
+
+# ---------------------------------------------------------------- families unlike the six
+
+
+UNLIKE = ("qwen3_moe", "qwen3_5_text", "lfm2", "falcon_h1", "mamba", "recurrent_gemma", "rwkv", "gemma2", "gemma3")
+UNLIKE += ("opt", "llama4_text", "granitemoe")
+
+
+@pytest.fixture(scope="module")
+def unlike() -> dict[str, PreTrainedModel]:
+    models = {family: tiny_model(family) for family in UNLIKE}
+    for model in models.values():
+        enable_jobs(model)
+    return models
+
+
+@pytest.mark.parametrize("family", UNLIKE)
+def test_replies_of_any_family_are_those_of_one_row_at_a_time(family, unlike):
+    """Hybrid models died as soon as one reply of a batch ended before another: their cache cannot be cut by row.
+
+    Others read the padding, or take no cache of transformers' own.  The log-probs of replies of different lengths are
+    compared with those of plain transformers, one row at a time and without a cache.
+    """
+    model, sampling = unlike[family], Sampling(2, 0, 12, begin_suppress_tokens=(0, 2))
+    queries = QUERIES * 4
+    replies = draw_replies(model, queries, range(12), sampling)
+    lengths = {len(reply) for reply in replies.ids}
+    assert len(lengths) > 1
+    for row, (query, reply) in enumerate(zip(queries, replies.ids, strict=True)):
+        expected = independent_logprobs(model, query, reply, sampling)
+        assert_close(replies.statistics.logprobs[row, : len(reply)], expected, rtol=1e-3, atol=1e-4)
+    assert model.cache_is_exact == (family not in ("recurrent_gemma", "rwkv"))
+
+
+def test_a_base_that_sees_later_tokens_is_refused(tmp_path):
+    """A BERT without is_decoder trained through all stages, on the answers that it was to predict."""
+    tiny_model("bert").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"BertLMHeadModel is no causal language model .* later tokens; .* is_decoder"):
+        load_base(ModelArguments(str(tmp_path)), torch.float32)
+    check_causal(tiny_model("llama"))
+
+
+def wrapped_layers(model: PreTrainedModel, config: LoraConfig) -> set[str]:
+    """Names of what plain PEFT puts an adapter on, after a round through adapter_config.json."""
+    config = LoraConfig(**json.loads(json.dumps(config.to_dict(), default=sorted)))
+    layers = get_peft_model(model, config).named_modules()
+    return {name.removeprefix(TRUNK) for name, layer in layers if isinstance(layer, BaseTunerLayer)}
+
+
+LORA = LoraArguments(lora_r=2, lora_dropout=0.0)
+
+
+@pytest.mark.parametrize("names", ["all-linear", "q_proj,down_proj"])
+def test_a_vision_tower_gets_no_adapter(names):
+    """Gemma 3's did, without a gradient: two processes died in the second step, one carried dead weights."""
+    model = tiny_model("gemma3")
+    layers = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    layers += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    chosen = [layer for layer in layers if names == "all-linear" or layer.split(".")[1] in names]
+    config = new_lora_config(replace(LORA, lora_target_modules=names), model, "CAUSAL_LM")
+    assert config.target_modules == {layer.split(".")[1] for layer in chosen}  # short names, for other readers
+    found = wrapped_layers(model, config)
+    assert found == {f"model.language_model.layers.{number}.{layer}" for number in range(2) for layer in chosen}
+
+
+@pytest.mark.parametrize(
+    ("family", "others"),
+    [
+        ("falcon_h1", {"out_proj"}),  # its kernel reads this matrix past an adapter, and PEFT refuses it
+        ("mamba", {"out_proj", "x_proj", "dt_proj"}),
+        ("gemma3n_text", set()),  # a linear layer called 0 made PEFT take decoder layers
+        ("bart", {"encoder_attn"}),  # attention to an encoder that is not there
+        ("llama4_text", {"router"}),  # a linear layer with a forward() of its own
+    ],
+)
+def test_all_linear_takes_what_a_text_goes_through(family, others):
+    """Every LoRA matrix gets a gradient, and every linear layer of the decoder has one but `others`."""
+    model = tiny_model(family)
+    linear = {name for name, layer in text_decoder(model).named_modules() if isinstance(layer, torch.nn.Linear)}
+    expected = {name for name in linear if not others & set(name.split("."))}
+    config = new_lora_config(LORA, model, "CAUSAL_LM")
+    assert not any(target.isdecimal() for target in config.target_modules)
+    prefix = f"{model.base_model_prefix}." if family != "llama4_text" else "model."
+    assert {name.removeprefix(prefix) for name in wrapped_layers(model, config)} == expected
+    ids = torch.tensor(QUERIES[:1])
+    model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.sum().backward()
+    assert [name for name, p in model.named_parameters() if "lora_" in name and p.grad is None] == []
+
+
+def test_experts_stay_frozen_and_it_says_so(capsys):
+    """all-linear sounds like everything; of a mixture of experts it leaves most weights alone."""
+    model = tiny_model("qwen3_moe")
+    new_lora_config(LORA, model, "CAUSAL_LM")
+    # 2 layers: q and o 32 x 32, k and v 32 x 16; 4 experts with 3 matrices of 32 x 32 each
+    share = 2 * (2 * 32 * 32 + 2 * 32 * 16) / (2 * (2 * 32 * 32 + 2 * 32 * 16) + 2 * 4 * 3 * 32 * 32)
+    line = capsys.readouterr().err
+    assert line.startswith(f"note: the experts of this model stay frozen: {share:.0%} of its layers' weights")
+    assert "--lora_target_parameters 'mlp.experts.down_proj|mlp.experts.gate_up_proj'" in line
+
+
+def test_experts_get_adapters_that_are_switched(capsys):
+    """Two adapters on the experts of one base give what each gives alone in plain PEFT."""
+    names = "experts.gate_up_proj,experts.down_proj"
+    lora = replace(LORA, lora_target_modules="q_proj", lora_target_parameters=names)
+    ids = torch.tensor(QUERIES[:1])
+    alone, both = [], None
+    for seed in (1, 2):
+        model = tiny_model("qwen3_moe")
+        config = new_lora_config(lora, model, "CAUSAL_LM")
+        model = get_peft_model(model, config)
+        strengthen(model, seed)
+        assert any(".experts." in name and "lora_B" in name for name, _ in model.named_parameters())
+        alone.append(model)
+    assert capsys.readouterr().err == ""
+    both = get_peft_model(tiny_model("qwen3_moe"), new_lora_config(lora, tiny_model("qwen3_moe"), "CAUSAL_LM"), "first")
+    both.add_adapter("second", new_lora_config(lora, tiny_model("qwen3_moe"), "CAUSAL_LM"))
+    for name, model in zip(("first", "second"), alone, strict=True):
+        set_peft_model_state_dict(both, get_peft_model_state_dict(model), name)
+    with torch.no_grad():
+        expected = [model(input_ids=ids).logits for model in alone]
+        for name, logits in zip(("first", "second"), expected, strict=True):
+            with use_adapter(both, name):
+                assert_close(both(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-4)
+        with use_adapter(both):
+            assert_close(both(input_ids=ids).logits, tiny_model("qwen3_moe")(input_ids=ids).logits)
+    assert (expected[0] - expected[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"lora_target_parameters": "expert"},
+            "expert is no weight of this model's experts; it has mlp.experts.down_proj",
+        ),
+        ({"lora_target_parameters": "down_proj", "lora_dropout": 0.1}, "takes no dropout; add --lora_dropout 0"),
+    ],
+)
+def test_expert_weights_that_there_are_not(changes, message):
+    with pytest.raises(InputError, match=message):
+        new_lora_config(replace(LORA, **changes), tiny_model("qwen3_moe"), "CAUSAL_LM")
+
+
+@pytest.mark.parametrize(
+    ("family", "limit"),
+    [("gpt2", 256), ("opt", 256), ("gptj", 256), ("biogpt", 256), ("llama", None), ("bloom", None), ("mamba", None)],
+)
+def test_how_long_a_row_may_be(family, limit):
+    """OPT keeps two rows of its table for itself, GPT-J has one a layer; rotary positions and ALiBi have no end."""
+    assert position_limit(tiny_model(family)) == limit
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    folder = tmp_path_factory.mktemp("gpt2")
+    return make_stages(save_base(folder / "base", "gpt2"), folder)
+
+
+@pytest.mark.parametrize("script", [sft_training, reward_modeling, rl_training])
+def test_rows_beyond_the_positions_are_refused_before_training(script, gpt2, tmp_path, monkeypatch):
+    """A row of 300 tokens was an IndexError in the middle of a GPT-2 run."""
+    rows = [{"prompt": f"{n} " + "x" * 300, "response": "yo", "chosen": "yo", "rejected": "no"} for n in range(20)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    words = ["--model_name", gpt2.base, "--dataset", data, "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
+    words += ["--prompt_template", "{prompt}="]
+    if script is rl_training:
+        words += ["--sft_model_lora_path", gpt2.sft, "--reward_model_lora_path", gpt2.reward, "--batch_size", "4"]
+        words += ["--mini_batch_size", "4", "--allow_weak_reward", "true"]
+    with pytest.raises(InputError, match=r"has \d+ tokens, and this base has 256 positions; lower --max_length"):
+        run_main(script, words, monkeypatch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pad_token_without_an_embedding_is_refused():
+    """A [PAD] that was added to the tokenizer alone was an IndexError in the first batch that had padding."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    rows = len(tokenizer)
+    message = rf"pad token '\[PAD\]' has the id {rows - 1}, and the base has embeddings for {rows - 1} tokens"
+    with pytest.raises(InputError, match=message):
+        check_tokenizer(make_model("llama", vocabulary=rows - 1), tokenizer)
+    check_tokenizer(make_model("llama", vocabulary=rows), tokenizer)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from rl_training import Targets
 from rollout import distribution, sampler
 from rollout.batch import Batch, ReplyStatistics, make_batch
+from rollout.cache import new_cache
 from rollout.distribution import Sampling
 from rollout.experience import describe
 from rollout.logprobs import reply_job
@@ -415,6 +416,7 @@ def test_a_reply_that_has_ended_leaves_the_batch() -> None:
     """The sampler went on with finished replies until the longest one was done."""
     model = lively(make_model("llama"))
     enable_jobs(model)
+    new_cache(model)  # which tries the family once
     tokens = []
     model.model.layers[0].register_forward_pre_hook(lambda layer, inputs: tokens.append(inputs[0].shape[:2].numel()))
     replies = sample_replies(model, QUERIES * 4, range(16), PLAIN)

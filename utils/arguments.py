@@ -132,6 +132,13 @@ class LoraArguments:
             "aliases": ["--lora_target_models"],
         },
     )
+    lora_target_parameters: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of experts that get an adapter besides: names joined by | or a comma, such as "
+            "mlp.experts.down_proj.  Needs --lora_dropout 0."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.lora_r < 1 or self.lora_alpha < 1:

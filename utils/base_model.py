@@ -154,7 +154,79 @@ def load_base(
     model.generation_config = GenerationConfig(
         bos_token_id=model.generation_config.bos_token_id, eos_token_id=model.generation_config.eos_token_id
     )
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    check_causal(model)
+    return model
+
+
+def text_decoder(base: PreTrainedModel) -> nn.Module:
+    """The part that makes hidden states of token ids, without the output embedding."""
+    decoder = base.base_model
+    return base.model if decoder is base else decoder  # Llama 4 has it under another name than it says
+
+
+def same_numbers(found: Tensor, expected: Tensor, base: nn.Module) -> bool:
+    """Whether two computations of the same vectors [N, H] agree, but for rounding.
+
+    In 16 bits, and on a GPU, rounding may send a token to other experts, which changes everything about it: then most of the
+    vectors have to agree, and to fewer digits.
+    """
+    differences = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    if base.dtype == torch.float32 and found.device.type == "cpu":
+        return bool(differences.max() < 1e-3)  # NaN is not the same
+    return bool(differences.median() < 5e-2)
+
+
+@torch.no_grad()
+def check_causal(base: PreTrainedModel) -> None:
+    """Make sure that what the base says of a token depends on the tokens in front of it alone.  Raises InputError."""
+    device = next(base.parameters()).device
+    count = base.get_input_embeddings().num_embeddings
+    rows = torch.randint(count, (2, 12), generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.ones_like(rows)
+    mask[1, 7:] = 0  # the first row goes on behind its 7th token, the second has padding there
+    found = base(input_ids=rows, attention_mask=mask).logits[:, :7]
+    expected = base(input_ids=rows[:, :7], attention_mask=mask[:, :7]).logits
+    for row, what in enumerate(("later tokens", "the padding behind a row")):
+        if not same_numbers(found[row].float(), expected[row].float(), base):
+            raise InputError(
+                f"{type(base).__name__} is no causal language model as it stands: what it says of a token depends on "
+                f"{what}; give another base (or set is_decoder in its config.json, if it was trained as a decoder)"
+            )
+
+
+def check_tokenizer(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError where the base has no embedding for a token that every batch or every reply holds."""
+    rows = base.get_input_embeddings().num_embeddings
+    for what, token in (("pad", tokenizer.pad_token_id), ("EOS", tokenizer.eos_token_id)):
+        if token >= rows:
+            raise InputError(
+                f"the tokenizer's {what} token {tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, and the base "
+                f"has embeddings for {rows} tokens; give the tokenizer another {what} token, or resize the base once"
+            )
+
+
+def check_lengths(base: PreTrainedModel, longest: int, what: str, argument: str) -> None:
+    """Raise InputError where rows of `longest` tokens are more than a base with a table of positions can read."""
+    limit = position_limit(base)
+    if limit is not None and longest > limit:
+        raise InputError(f"{what} has {longest} tokens, and this base has {limit} positions; lower {argument}")
+
+
+def position_limit(base: PreTrainedModel) -> int | None:
+    """Tokens that a row may have where positions are looked up in a table, as in GPT-2; None where they are computed."""
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    for name, module in text_decoder(base).named_modules():
+        if hasattr(module, "make_weights"):  # a table that grows
+            continue
+        for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            is_position = "pos" in f"{name}.{own}".lower() or name.endswith("wpe")
+            # a few families keep some rows in front for themselves
+            if is_position and tensor.dim() > 1 and limit <= tensor.shape[-2] <= limit + 4:
+                return limit
+    return None
 
 
 def bare_layer(module: nn.Module) -> nn.Module:

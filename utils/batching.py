@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from utils.base_model import text_decoder
+
 SMALLEST_PART = 8  # rows that go through the model together on a GPU, whatever their lengths
 # What a layer costs in a forward and backward pass before its first token, in floating-point operations: the time that
 # starting some hundred small operations takes, at the rate of large ones.
@@ -53,7 +55,7 @@ def pass_limits(base: PreTrainedModel, device: torch.device) -> tuple[float, int
     """
     layers = base.config.get_text_config().num_hidden_layers
     embedding = base.get_input_embeddings().weight.numel()  # looked up, not multiplied with
-    layer_size = (sum(parameter.numel() for parameter in base.base_model.parameters()) - embedding) / layers
+    layer_size = (sum(parameter.numel() for parameter in text_decoder(base).parameters()) - embedding) / layers
     overhead = PASS_OVERHEAD[device.type] / (4 * layer_size)
     return overhead, max(PASS_TOKENS[device.type], int(8 * overhead))
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from utils.base_model import BROKEN_MODEL, hidden_width
+from utils.base_model import BROKEN_MODEL, hidden_width, text_decoder
 from utils.console import InputError, one_line
 from utils.sharding import fill_parameters, is_sharded
 
@@ -33,19 +33,21 @@ def enable_jobs(base: PreTrainedModel) -> None:
     it was, so generate() and everything else still work.  Has to be called before PEFT wraps the base.
     """
     plain_forward = base.forward
-    decoder = base.base_model
-    takes_positions = "position_ids" in inspect.signature(type(decoder).forward).parameters
+    takes = inspect.signature(type(text_decoder(base)).forward).parameters
+    takes_positions = "position_ids" in takes
+    is_mamba = "cache_params" in takes  # its word for a cache, beside which it wants the mask of the new tokens alone
 
     @functools.wraps(type(base).forward)  # generate() checks its arguments against this signature
     def forward(self: PreTrainedModel, *args: Any, job: Job | None = None, **inputs: Any) -> Any:
         if job is None:
             return plain_forward(*args, **inputs)
         ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], inputs.get("past_key_values")
-        extra = {} if cache is None else {"past_key_values": cache}
+        extra = {} if cache is None else {"cache_params" if is_mamba else "past_key_values": cache}
         if takes_positions:  # for left padding; with a cache the mask also covers the tokens in it
             extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        decoder = self.base_model
-        output = decoder(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **extra)
+        if is_mamba:
+            mask = mask[:, -ids.shape[1] :]
+        output = text_decoder(self)(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **extra)
         return job(self, output.last_hidden_state)
 
     base.forward = types.MethodType(forward, base)
