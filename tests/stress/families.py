@@ -33,8 +33,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from inference.side_by_side import InferenceArguments, load_models
-from rl_training import Experience, PPOTrainer
 from rollout.distribution import Sampling
+from rollout.experience import Collector, Experience
 from rollout.sampler import draw_replies
 from tests.conftest import make_tokenizer, write_preferences, write_rows
 from tests.helpers import independent_logprobs
@@ -158,20 +158,20 @@ def go_through(family: str, folder: Path) -> str:
     run("reward_modeling", *common, *lora, *held_out, "--dataset", pairs, "--output_dir", folder / "reward")
 
     seen: list[tuple[Experience, Sampling]] = []
-    judge = PPOTrainer.judge
+    collect = Collector.collect
 
-    def remember(trainer: PPOTrainer, *args, **options) -> Experience:
-        seen.append((judge(trainer, *args, **options), trainer.sampling))
+    def remember(collector: Collector, *args, **options) -> Experience:
+        seen.append((collect(collector, *args, **options), collector.sampling))
         return seen[-1][0]
 
-    PPOTrainer.judge = remember
+    Collector.collect = remember
     try:
-        sizes = ["--steps", "1", "--batch_size", "8", "--mini_batch_size", "4", "--ppo_epochs", "1"]
+        sizes = ["--steps", "1", "--batch_size", "16", "--mini_batch_size", "4", "--ppo_epochs", "1"]
         adapters = ["--sft_model_lora_path", folder / "sft", "--reward_model_lora_path", folder / "reward"]
         adapters += ["--allow_weak_reward", "true", "--guard", "off", "--output_max_length", "12"]
         run("rl_training", *common, *sizes, *adapters, "--dataset", pairs, "--output_dir", folder / "ppo")
     finally:
-        PPOTrainer.judge = judge
+        Collector.collect = collect
     experience, sampling = seen[0]
     replies = experience.batch.responses()
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(*experience.batch[:2], strict=True)]
