@@ -126,7 +126,11 @@ NEEDS = (
         lambda args: args.dataset is None or not os.path.isfile(args.dataset),
     ),
     ("degenerate_kinds", "a --degenerate_ratio above 0", lambda args: args.degenerate_ratio > 0),
-    ("output_max_length", "--sft_model_lora_path", lambda args: args.sft_model_lora_path is not None),
+    (
+        "output_max_length",
+        "--sft_model_lora_path",
+        lambda args: getattr(args, "sft_model_lora_path", "") is not None,
+    ),  # stage 2
     ("ensemble_penalty", "an --ensemble_size above 1", lambda args: args.ensemble_size > 1),
     ("adap_kl_target adap_kl_horizon", "--adap_kl_ctrl true", lambda args: args.adap_kl_ctrl),
     ("target_kl", "--early_stopping true", lambda args: args.early_stopping),
