@@ -10,7 +10,7 @@ distribution, as PPO samples them.  Writes compare.md, compare.html (opens offli
 
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -119,12 +119,12 @@ def win_rate(scores: Sequence[float], other_scores: Sequence[float]) -> tuple[fl
     return share, *wilson_interval(share, len(scores))
 
 
-def summarise(model: ModelResponses, first: ModelResponses, eos_token_id: int) -> Summary:
+def summarise(model: ModelResponses, first: ModelResponses, stop_ids: Collection[int]) -> Summary:
     """The figures of one model; `first` is the one it is compared with."""
     responses = model.responses
     scores = [response.score for response in responses]
     compares = scores[0] is not None and model is not first
-    tokens = [[token for token in response.ids if token != eos_token_id] for response in responses]
+    tokens = [[token for token in response.ids if token not in stop_ids] for response in responses]
     return Summary(
         model.name,
         score=None if scores[0] is None else sum(scores) / len(scores),
@@ -234,7 +234,7 @@ def main() -> None:
 
     # ---- Save ----
     first = outcomes[1]  # behind the bare base
-    summaries = [summarise(model, first, models.tokenizer.eos_token_id) for model in outcomes]
+    summaries = [summarise(model, first, models.stop_ids) for model in outcomes]
     facts = (
         f"{len(prompts)} prompts; base {args.model_name_or_path}; temperature {args.temperature}, at most "
         f"{args.output_max_length} tokens a reply, seed {args.seed}"

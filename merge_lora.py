@@ -14,6 +14,7 @@ to read, the classifier and its tokenizer get a pad token of their own.
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +37,7 @@ from utils.adapters import POLICY, SavedAdapter, attach_adapter, check_adapter, 
 from utils.arguments import DEFAULT_TEMPLATE, ModelArguments, check_new_folder, parse_arguments
 from utils.base_model import bare_layer, load_base, load_tokenizer
 from utils.batching import pad_right
+from utils.chat_template import generation_stop_ids
 from utils.console import InputError, one_line, run_script, say
 from utils.files import folder_when_done, write_json
 from utils.heads import add_score_head, enable_jobs, score_job
@@ -199,8 +201,17 @@ def to_classifier(
     return shell.eval()
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: MergeArguments, folder: str) -> None:
-    """Weights, configuration and tokenizer; a causal model keeps the generation defaults of its base."""
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: MergeArguments,
+    stop_ids: Sequence[int],
+    folder: str,
+) -> None:
+    """Weights, configuration and tokenizer; a causal model keeps the generation defaults of its base.
+
+    stop_ids: what ended a reply when the adapter was trained; generate() has to end there too.
+    """
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if args.as_classifier:
@@ -208,7 +219,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args:
     try:
         defaults = GenerationConfig.from_pretrained(args.model_name_or_path)
     except OSError:  # the base has none
-        return
+        defaults = model.generation_config
+    own = generation_stop_ids(defaults)
+    if not set(stop_ids) <= set(own):
+        defaults.eos_token_id = list(dict.fromkeys([*own, *stop_ids]))
     defaults.save_pretrained(folder)  # load_base took them away
 
 
@@ -244,7 +258,7 @@ def main() -> None:
 
     # ---- Save ----
     with folder_when_done(target) as folder:
-        save_model(merged, tokenizer, args, folder)
+        save_model(merged, tokenizer, args, adapter.run.get("stop_token_ids", ()), folder)
         del base, model, merged  # the saved model is loaded next: memory for one is enough
         difference = largest_difference(
             expected, saved_outputs(folder, args.as_classifier, args.trust_remote_code), dtype

@@ -5,7 +5,7 @@
 
 The loss is -log sigmoid(chosen - rejected) (Bradley-Terry; Ouyang et al. 2022, eq. 1), plus a small term that keeps the
 scores around 0 (Eisenstein et al. 2023, eq. 2).  The score is read at the last real token, found by the attention mask;
-that token is EOS unless the pair was cut.
+that token is what ends a reply (see `reply_end_id`) unless the pair was cut.
 
 People's pairs hold no empty, cut or looping replies, so a model trained on them alone may score those high, and PPO would
 exploit it.  Therefore a share of the training pairs (--degenerate_ratio) has a broken reply as the rejected one
@@ -65,6 +65,7 @@ from utils.arguments import (
 )
 from utils.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from utils.batching import pad_right, part_size
+from utils.chat_template import check_reply_end, reply_end_id, stop_token_ids
 from utils.console import InputError, is_main_process, run_script, say
 from utils.data import Preferences, check_template, tokenize_preferences, train_and_eval_rows
 from utils.files import write_json
@@ -373,7 +374,7 @@ class Pairs(NamedTuple):
 
 
 def add_broken_pairs(
-    preferences: Preferences, data: RewardDataArguments, tokenizer: PreTrainedTokenizerBase, seed: int
+    preferences: Preferences, data: RewardDataArguments, tokenizer: PreTrainedTokenizerBase, end_id: int, seed: int
 ) -> Dataset:
     """The training pairs, and as many broken ones as make up the share `degenerate_ratio` of all."""
     ordinary = preferences.pairs
@@ -382,7 +383,7 @@ def add_broken_pairs(
         return ordinary
     weights = {kind: TRAIN_WEIGHT.get(kind, 1) for kind in data.kinds}
     counts = {kind: math.ceil(wanted * weight / sum(weights.values())) for kind, weight in weights.items()}
-    broken = broken_pairs(preferences.sources, counts, tokenizer, data.max_length, seed)
+    broken = broken_pairs(preferences.sources, counts, tokenizer, end_id, data.max_length, seed)
     say(f"broken replies: {len(broken)} pairs beside {len(ordinary)} ordinary ones")
     return concatenate_datasets([ordinary, Dataset.from_list(broken, features=ordinary.features)])
 
@@ -405,17 +406,22 @@ def read_pairs(data: RewardDataArguments, template: str, tokenizer: PreTrainedTo
         raise InputError("a reward model needs held-out pairs; give --eval_dataset or an --eval_fraction above 0")
     limits = (template, tokenizer, data.max_length, data.overlong_pairs)
     ordinary = tokenize_preferences(first_rows(train_rows, data.train_subset), *limits)
-    train = add_broken_pairs(ordinary, data, tokenizer, seed)
+    end_id = reply_end_id(tokenizer, template)
+    train = add_broken_pairs(ordinary, data, tokenizer, end_id, seed)
     held_out = tokenize_preferences(first_rows(eval_rows, data.eval_subset), *limits)
     counts = dict.fromkeys(KINDS, data.probe_prompts)
-    probes = broken_pairs(held_out.sources, counts, tokenizer, data.max_length, seed, held_out=True)
+    probes = broken_pairs(held_out.sources, counts, tokenizer, end_id, data.max_length, seed, held_out=True)
     return Pairs(train, response_lengths(ordinary.pairs), held_out.pairs, probes)
 
 
 def sample_sft_responses(
-    trainer: RewardTrainer, sft: SavedAdapter, probes: list[dict[str, Any]], data: RewardDataArguments
+    trainer: RewardTrainer,
+    sft: SavedAdapter,
+    probes: list[dict[str, Any]],
+    data: RewardDataArguments,
+    stop_ids: tuple[int, ...],
 ) -> list[list[int]]:
-    """Query + response of the SFT adapter, as token ids, for each query that leaves room for one; EOS may not come first.
+    """Query + response of the SFT adapter, as token ids, for each query that leaves room for one; none is empty.
 
     The queries are those of the probes, at most `probe_prompts`.
     """
@@ -425,7 +431,8 @@ def sample_sft_responses(
     model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
     load_adapter(model, sft, "sft")
     model.eval()
-    sampling, size = default_sampling(tokenizer, data.output_max_length), trainer.args.per_device_eval_batch_size
+    sampling = default_sampling(tokenizer, stop_ids, data.output_max_length)
+    size = trainer.args.per_device_eval_batch_size
     responses: list[list[int]] = []
     with use_adapter(model, "sft"):
         for start in range(0, len(queries), size):
@@ -435,15 +442,21 @@ def sample_sft_responses(
     return [query + response for query, response in zip(queries, responses, strict=True)]
 
 
-def write_card(trainer: RewardTrainer, pairs: Pairs, sft: SavedAdapter | None, data: RewardDataArguments) -> None:
+def write_card(
+    trainer: RewardTrainer,
+    pairs: Pairs,
+    sft: SavedAdapter | None,
+    data: RewardDataArguments,
+    stop_ids: tuple[int, ...],
+) -> None:
     """Measure the model that was trained and saved; the first process writes, draws and prints its reward card.
 
-    sft: adapter whose responses are scored too.
+    sft: adapter whose responses are scored too; stop_ids: of `stop_token_ids`, what ends those.
     """
     args = trainer.args
     prediction = trainer.predict(pairs.evaluation, metric_key_prefix="eval")
     trainer.log(prediction.metrics)
-    sft_sequences = [] if sft is None else sample_sft_responses(trainer, sft, pairs.probes, data)
+    sft_sequences = [] if sft is None else sample_sft_responses(trainer, sft, pairs.probes, data, stop_ids)
     probed, scores = probe(trainer.score, pairs.probes, sft_sequences)
     probed["reload_difference"] = check_saved(trainer)
     if not trainer.is_world_process_zero():
@@ -524,12 +537,15 @@ def main() -> None:
         for side in ("chosen_ids", "rejected_ids")
     ]
     check_lengths(base, max(map(len, sides)), "the longest pair", "--max_length")
+    stop_ids = stop_token_ids(tokenizer, template, base.generation_config)
     sft = None
     if data_args.sft_model_lora_path is not None:
         sft = read_adapter(data_args.sft_model_lora_path, "--sft_model_lora_path")
         check_adapter(sft, "--sft_model_lora_path", False, template, base)
         complete(base, sft, sft.config)  # what does not fit the base is told now, and not behind the training
-    record = run_record("reward", base, model_args, training_args, data=asdict(data_args), lora=asdict(lora_args))
+        check_reply_end(sft.path, sft.run, stop_ids, tokenizer)
+    parts = {"data": asdict(data_args), "lora": asdict(lora_args)}
+    record = run_record("reward", base, model_args, training_args, **parts, stop_token_ids=stop_ids)
 
     # ---- Training ----
     trainer = build_trainer(training_args, lora_args, base, tokenizer, pairs, record)
@@ -538,7 +554,7 @@ def main() -> None:
     # ---- Save ----
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
-    write_card(trainer, pairs, sft, data_args)
+    write_card(trainer, pairs, sft, data_args, stop_ids)
     say(f"reward adapter: {training_args.output_dir}")
 
 

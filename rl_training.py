@@ -19,9 +19,9 @@ when a collapse is certain the run stops, says why, and goes back to best/.  A r
 refused at the start.
 
 Departures from Ziegler et al. 2019 / TRL's last PPO: the reference is the SFT adapter and nothing is merged; scores are
-normalised with the reward card; EOS is suppressed as a first token, in the log-probs too; the loss is a mean over all
-reply tokens of an optimizer step, however they fall into micro-batches and processes; the value head shares the policy's
-trunk and is saved.
+normalised with the reward card; what ends a reply is suppressed as a first token, in the log-probs too; the loss is a mean
+over all reply tokens of an optimizer step, however they fall into micro-batches and processes; the value head shares the
+policy's trunk and is saved.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ from rewards.gold_function import Gold, load_gold, try_gold
 from rewards.guard import Guard, Limits
 from rewards.scores import ScoreRules, ScoreStatistics, read_statistics
 from rollout.distribution import Sampling, check_output_logits, first_token_ban
-from rollout.experience import OF_POLICY, Collector, Experience, describe, describe_all
+from rollout.experience import OF_POLICY, Collector, Experience, describe, describe_all, warn_where_few_end
 from rollout.logprobs import reply_job
 from rollout.model import assemble_ppo_model, start_critic
 from rollout.policy_files import PolicyFiles
@@ -69,6 +69,7 @@ from utils.arguments import (
     set_up_ddp,
 )
 from utils.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
+from utils.chat_template import check_reply_end, stop_token_ids
 from utils.console import InputError, run_script, say
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
 from utils.files import append_jsonl, write_json
@@ -113,7 +114,9 @@ class PPOArguments(ResumableArguments, TrainingArguments):
     )
     begin_suppress_tokens: str = field(
         default="eos",
-        metadata={"help": "Tokens that no reply may start with: eos, none, or ids joined by commas."},
+        metadata={
+            "help": "Tokens that no reply may start with: eos (what ends one, and padding), none, or ids joined by commas."
+        },
     )
     batched_gen: bool | None = field(
         default=None, metadata={"help": "Has no effect: replies are always sampled in batches."}
@@ -336,6 +339,8 @@ class PPOTrainer(ResumableTrainer):
         experience = self.collect(model, inputs)
         if experience.nonfinite() is not None:
             return self.skip_iteration(experience, started)
+        if self.state.global_step == 0:
+            warn_where_few_end(experience, self.collector.sampling, self.processing_class)
 
         # 2. rewards: the KL penalty on each token, the score on the last one
         rewards = ppo.token_rewards(experience.normalized_scores, experience.kl, experience.mask, self.kl_coef)
@@ -619,6 +624,7 @@ def build_trainer(
     args: PPOArguments,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    stop_ids: tuple[int, ...],
     sft: SavedAdapter,
     reward: SavedAdapter,
     prompts: Prompts,
@@ -628,15 +634,16 @@ def build_trainer(
 ) -> PPOTrainer:
     """The learner with everything around it, ready to train.  Changes `base`, which gets adapters and heads.
 
-    statistics: of the reward model's scores; gold: what is only measured; record: content of run.json.
+    stop_ids: of `stop_token_ids`; statistics: of the reward model's scores; gold: what is only measured; record: content of
+    run.json.
     """
     sampling = Sampling(
-        eos_token_id=tokenizer.eos_token_id,
+        stop_token_ids=stop_ids,
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=args.output_max_length,
         temperature=args.temperature,
         repetition_penalty=args.repetition_penalty,
-        begin_suppress_tokens=first_token_ban(args.begin_suppress_tokens, tokenizer),
+        begin_suppress_tokens=first_token_ban(args.begin_suppress_tokens, tokenizer, stop_ids),
     )
     model = assemble_ppo_model(base, sft, reward, args.critic == "adapter")
     if args.critic == "adapter":
@@ -684,7 +691,7 @@ def main() -> None:
     tokenizer = load_tokenizer(model_args)
     template = model_args.prompt_template
     check_template(template, tokenizer)
-    first_token_ban(training_args.begin_suppress_tokens, tokenizer)  # before anything large is read
+    first_token_ban(training_args.begin_suppress_tokens, tokenizer, ())  # before anything large is read
     prompts = read_prompts(data_args, training_args, template, tokenizer)
     if gold is not None:
         try_gold(gold, prompts.train[0]["prompt"])
@@ -701,13 +708,16 @@ def main() -> None:
         say(
             f"note: {sft.path} has its own {', '.join(sft.frozen_parts)}; the policy keeps them, PPO trains LoRA weights"
         )
+    stop_ids = stop_token_ids(tokenizer, template, base.generation_config)
+    for adapter in (sft, reward):
+        check_reply_end(adapter.path, adapter.run, stop_ids, tokenizer)
     statistics = read_statistics(reward, training_args.allow_weak_reward)
     if not training_args.normalize_scores:
         statistics = ScoreStatistics()
 
     # ---- Training ----
-    record = run_record("ppo", base, model_args, training_args, data=asdict(data_args))
-    trainer = build_trainer(training_args, base, tokenizer, sft, reward, prompts, statistics, gold, record)
+    record = run_record("ppo", base, model_args, training_args, data=asdict(data_args), stop_token_ids=stop_ids)
+    trainer = build_trainer(training_args, base, tokenizer, stop_ids, sft, reward, prompts, statistics, gold, record)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # ---- Save ----

@@ -37,6 +37,7 @@ from utils.arguments import (
 )
 from utils.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from utils.batching import sft_part_size
+from utils.chat_template import stop_token_ids
 from utils.console import run_script, say
 from utils.data import check_template, tokenize_sft, train_and_eval_rows
 from utils.offered import EVERY_STAGE, FIRST_STAGES
@@ -198,7 +199,9 @@ def main() -> None:
     check_tokenizer(base, tokenizer)
     longest = max(len(row["input_ids"]) for rows in (train, evaluation or []) for row in rows)
     check_lengths(base, longest, "the longest row", "--max_length")
-    record = run_record("sft", base, model_args, training_args, data=asdict(data_args), lora=asdict(lora_args))
+    parts = {"data": asdict(data_args), "lora": asdict(lora_args)}
+    stop_ids = stop_token_ids(tokenizer, template, base.generation_config)
+    record = run_record("sft", base, model_args, training_args, **parts, stop_token_ids=stop_ids)
 
     # ---- Training ----
     trainer = build_trainer(training_args, lora_args, base, tokenizer, train, evaluation, record)

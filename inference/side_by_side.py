@@ -16,6 +16,7 @@ from rollout.sampler import sample_replies
 from utils.adapters import REWARD, SavedAdapter, attach_adapter, check_adapter, load_adapter, read_adapter, use_adapter
 from utils.arguments import DEFAULT_TEMPLATE, ModelArguments
 from utils.base_model import check_tokenizer, load_base, load_tokenizer
+from utils.chat_template import check_reply_end, reply_text, stop_token_ids
 from utils.console import InputError
 from utils.data import Message, check_template, encode_prompt
 from utils.hashing import hash64
@@ -55,7 +56,7 @@ class InferenceArguments(ModelArguments):
 class Response(NamedTuple):
     """What one model said to one prompt."""
 
-    ids: list[int]  # EOS included, unless the length limit cut the response
+    ids: list[int]  # the stop token included, unless the length limit cut the response
     text: str
     score: float | None  # None without a reward model
 
@@ -67,6 +68,7 @@ class ChatModels:
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     template: str
+    stop_ids: tuple[int, ...]  # of `stop_token_ids`
     adapters: dict[str, list[str]]  # name of a model -> PEFT's names of the adapters that act in it
     samplings: dict[str, Sampling]  # name of a model -> how it is sampled
     max_query_length: int  # tokens of a prompt or a whole dialogue
@@ -91,7 +93,7 @@ class ChatModels:
 
     def text(self, response: list[int]) -> str:
         """A response as it is shown, and as it goes into a dialogue."""
-        return self.tokenizer.decode(response, skip_special_tokens=True).strip()
+        return reply_text(response, self.tokenizer, self.stop_ids).strip()
 
     @property
     def can_score(self) -> bool:
@@ -143,7 +145,6 @@ def load_models(args: InferenceArguments) -> ChatModels:
     template = agreed_template(args, adapters)
     tokenizer = load_tokenizer(args)
     check_template(template, tokenizer)
-    samplings = adapter_samplings(adapters, tokenizer, args.output_max_length, args.temperature)
 
     # ---- Base ----
     device, dtype = choose_device(args)
@@ -153,6 +154,10 @@ def load_models(args: InferenceArguments) -> ChatModels:
         check_adapter(adapter, f"--adapters {name}", False, template, base)
     if reward is not None:
         check_adapter(reward, "--reward_model_lora_path", True, template, base)
+    stop_ids = stop_token_ids(tokenizer, template, base.generation_config)
+    for adapter in adapters.values() if reward is None else (*adapters.values(), reward):
+        check_reply_end(adapter.path, adapter.run, stop_ids, tokenizer)
+    samplings = adapter_samplings(adapters, tokenizer, stop_ids, args.output_max_length, args.temperature)
     longest = max_query_length(base, args.output_max_length)
     base = base.to(device)
 
@@ -170,7 +175,7 @@ def load_models(args: InferenceArguments) -> ChatModels:
     model.eval()
     check_output_logits(model)
     active = {BARE_BASE: [], **{title: [name] for title, name in zip(adapters, names, strict=True)}}
-    return ChatModels(model, tokenizer, template, active, samplings, longest, args.seed)
+    return ChatModels(model, tokenizer, template, stop_ids, active, samplings, longest, args.seed)
 
 
 def read_named_adapters(words: Sequence[str]) -> dict[str, SavedAdapter]:
@@ -229,6 +234,7 @@ def max_query_length(base: PreTrainedModel, output_max_length: int) -> int:
 def adapter_samplings(
     adapters: Mapping[str, SavedAdapter],
     tokenizer: PreTrainedTokenizerBase,
+    stop_ids: tuple[int, ...],
     max_new_tokens: int,
     temperature: float = 1.0,
 ) -> dict[str, Sampling]:
@@ -242,5 +248,6 @@ def adapter_samplings(
         known = arguments.get("begin_suppress_tokens") if isinstance(arguments, dict) else None
         first_tokens[title] = "eos" if known is None else str(known)
     return {
-        title: default_sampling(tokenizer, max_new_tokens, temperature, words) for title, words in first_tokens.items()
+        title: default_sampling(tokenizer, stop_ids, max_new_tokens, temperature, words)
+        for title, words in first_tokens.items()
     }

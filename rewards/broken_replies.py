@@ -125,7 +125,7 @@ class GoodResponse(NamedTuple):
 
     prompt: str  # the last turn, without the template
     response: str
-    ids: list[int]  # the response's tokens, without EOS
+    ids: list[int]  # the response's tokens, without its end
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ class ResponseBreaker:
         self.languages = {script for script, count in counts.items() if count >= SECOND_LANGUAGE * len(responses)}
 
     def break_response(self, kind: str, index: int) -> list[int] | None:
-        """Tokens, without EOS, of a broken response to prompt `index`; None where the kind does not apply.
+        """Tokens, without its end, of a broken response to prompt `index`; None where the kind does not apply.
 
         Raises ValueError for an unknown kind.
         """
@@ -291,14 +291,16 @@ def broken_pairs(
     sources: Sequence[Source],
     counts: dict[str, int],
     tokenizer: PreTrainedTokenizerBase,
+    end_id: int,
     max_length: int,
     seed: int,
     held_out: bool = False,
 ) -> list[dict[str, Any]]:
     """Pairs of a response and a broken one to the same prompt, with the columns of `tokenize_preferences`.
 
-    sources: from `tokenize_preferences`; counts: kind -> how many pairs, fewer where the sources give no more.  A broken
-    response that with its prompt is longer than `max_length` tokens is cut, and then has no EOS.
+    sources: from `tokenize_preferences`; counts: kind -> how many pairs, fewer where the sources give no more.  end_id: what
+    closes a response, see `reply_end_id`.  A broken response that with its prompt is longer than `max_length` tokens is cut,
+    and then has no such end.
 
     For training, every second pair of the kinds in `OF_ANY_RESPONSE` is made from a rejected response: what is left of a
     poor response is still worse than the response, and a policy starts from poor ones.  held_out: from chosen ones only,
@@ -326,8 +328,8 @@ def broken_pairs(
                 continue
             made += 1
             query = sources[index].query
-            better = [*query, *breaker.responses[index].ids, tokenizer.eos_token_id]
-            worse = [*query, *broken, tokenizer.eos_token_id][:max_length]
+            better = [*query, *breaker.responses[index].ids, end_id]
+            worse = [*query, *broken, end_id][:max_length]
             extra = {"query_length": len(query), "length": max(len(better), len(worse)), "margin": 0.0, "kind": kind}
             pairs.append({"chosen_ids": better, "rejected_ids": worse, **extra})
     return pairs

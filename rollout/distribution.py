@@ -7,6 +7,7 @@ Shapes: N reply tokens of all rows in one list, H hidden width, V vocabulary, C 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ TILE = 1024
 class Sampling:
     """How replies are drawn.  No top-k or top-p: PPO needs log-probs of the whole distribution, so all of it is sampled."""
 
-    eos_token_id: int
+    stop_token_ids: tuple[int, ...]  # of `stop_token_ids`: a reply ends with any of them
     pad_token_id: int
     max_new_tokens: int
     temperature: float = 1.0
@@ -46,12 +47,12 @@ class Sampling:
             )
 
 
-def first_token_ban(words: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Ids that --begin_suppress_tokens names; "eos" is EOS and padding, which would both make an empty reply."""
+def first_token_ban(words: str, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> tuple[int, ...]:
+    """Ids that --begin_suppress_tokens names; "eos" is every stop token and padding, which would make an empty reply."""
     if words == "none":
         return ()
     if words == "eos":
-        return tuple(sorted({tokenizer.eos_token_id, tokenizer.pad_token_id}))
+        return tuple(sorted({*stop_ids, tokenizer.pad_token_id}))
     ids = [word.strip() for word in words.split(",")]
     if not all(word.isdecimal() and int(word) < len(tokenizer) for word in ids):
         raise InputError(
@@ -61,19 +62,23 @@ def first_token_ban(words: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int
 
 
 def default_sampling(
-    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float = 1.0, first_tokens: str = "eos"
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: tuple[int, ...],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    first_tokens: str = "eos",
 ) -> Sampling:
-    """The distribution that PPO trains by default: all of it, no EOS or padding as a first token.
+    """The distribution that PPO trains by default: all of it, no stop token or padding as a first token.
 
     At temperature 0 its likeliest token, always.  first_tokens: --begin_suppress_tokens of a PPO run that had others.
     """
     return Sampling(
-        eos_token_id=tokenizer.eos_token_id,
+        stop_token_ids=stop_ids,
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=max_new_tokens,
         temperature=temperature or 1.0,
         greedy=temperature == 0,
-        begin_suppress_tokens=first_token_ban(first_tokens, tokenizer),
+        begin_suppress_tokens=first_token_ban(first_tokens, tokenizer, stop_ids),
     )
 
 

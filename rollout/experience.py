@@ -26,7 +26,8 @@ from rollout.sampler import Replies, draw_replies, seed_of
 from utils import ppo
 from utils.adapters import CRITIC, REFERENCE, use_adapter
 from utils.batching import pass_limits, split_by_length
-from utils.console import RunError
+from utils.chat_template import reply_text
+from utils.console import RunError, say
 
 # What may be NaN or infinite in a batch of responses, and what to do about it.
 OF_POLICY = (
@@ -34,6 +35,7 @@ OF_POLICY = (
     "false --dtype float32)"
 )
 OF_ADAPTER = "check that adapter, or compute in float32 (--bf16 false --dtype float32)"
+FEW_END = 0.1  # share of the SFT model's responses that end, below which something is wrong with it or with the limit
 
 
 class Experience(NamedTuple):
@@ -50,7 +52,7 @@ class Experience(NamedTuple):
     entropy: Tensor  # float32 [B, T]
     scores: Tensor  # float32 [B], from the reward model, as it gave them
     normalized_scores: Tensor  # float32 [B], what is learned from: see `normalize_scores`
-    ended: Tensor  # bool [B], whether the response ends in EOS
+    ended: Tensor  # bool [B], whether the response ends with a stop token
     gold: Tensor | None  # float32 [B], of --gold_function, where there is one
 
     @property
@@ -179,7 +181,7 @@ class Collector:
             scores[index] = reward_scores(model, inputs)
         logprobs[sampled_from_nothing] = torch.nan
         prompts = [row["prompt"] for row in rows]
-        responses = self.tokenizer.batch_decode(replies.ids, skip_special_tokens=True)
+        responses = [reply_text(ids, self.tokenizer, self.sampling.stop_token_ids) for ids in replies.ids]
         gold = None
         if self.gold is not None:
             judged = [self.gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
@@ -218,7 +220,7 @@ class Collector:
         texts = gather_object(texts) if self.args.world_size > 1 else texts
         prompts, responses, faults = map(list, zip(*texts, strict=True))
         parts = {name: together(part) for name, part in parts.items()}
-        ended = response_ends(batch, self.sampling.eos_token_id)
+        ended = response_ends(batch, self.sampling.stop_token_ids)
         broken = torch.tensor([fault is not None for fault in faults], device=self.device)
         kl = ppo.kl_penalty(parts["logprobs"], parts["ref_logprobs"], "k1")
         return Experience(
@@ -280,10 +282,23 @@ class Collector:
             return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=value_job(batch))
 
 
-def response_ends(batch: Batch, eos_token_id: int) -> Tensor:
-    """Which responses end with EOS, bool [B].  Only the response is asked: a prompt may hold EOS too."""
+def response_ends(batch: Batch, stop_ids: Sequence[int]) -> Tensor:
+    """Which responses end with a stop token, bool [B].  Only the response is asked: a prompt may hold one too."""
     last = batch.query_lengths + batch.response_mask.sum(1) - 1
-    return batch.input_ids.gather(1, last[:, None]).squeeze(1) == eos_token_id
+    last_tokens = batch.input_ids.gather(1, last[:, None]).squeeze(1)
+    return torch.isin(last_tokens, torch.tensor(stop_ids, device=last_tokens.device))
+
+
+def warn_where_few_end(experience: Experience, sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say so where hardly any response of the SFT model ends: every score is then one of a text that was cut."""
+    ended, count = int(experience.ended.sum()), len(experience.ended)
+    if ended < FEW_END * count:
+        stops = ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(sampling.stop_token_ids))))
+        say(
+            f"warning: {ended} of the SFT model's first {count} responses end (a response ends with {stops}), the others "
+            f"were cut at --output_max_length {sampling.max_new_tokens} and are scored as they are; raise it, or train the "
+            "SFT model on whole replies, with the --prompt_template of this run"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

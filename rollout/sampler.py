@@ -46,7 +46,7 @@ def draw_job(
         probabilities = logprobs.exp()
         tokens = logprobs.argmax(-1) if sampling.greedy else inverse_cumulative(probabilities, uniforms)
         entropy = entropies(logprobs, probabilities)
-        tokens[~entropy.isfinite()] = sampling.eos_token_id  # no distribution: the reply ends, and its log-prob is NaN
+        tokens[~entropy.isfinite()] = sampling.stop_token_ids[0]  # no distribution: the reply ends, its log-prob is NaN
         values = state_values(base, states) if with_values else None
         return Drawn(tokens, logprobs.gather(1, tokens[:, None]).squeeze(1), entropy, values)
 
@@ -94,7 +94,7 @@ def everyone_done(done: bool, device: torch.device) -> bool:
 
 
 class Replies(NamedTuple):
-    """Sampled replies, each up to and with EOS, or `max_new_tokens` long without one."""
+    """Sampled replies, each up to and with a stop token, or `max_new_tokens` long without one."""
 
     ids: list[list[int]]
     statistics: "ReplyStatistics"  # [B, T] of the sampler's own forward passes, T = tokens of the longest reply
@@ -131,8 +131,8 @@ def draw_replies(
 
     seeds: one number a query; the same query with the same seed gives the same reply in any batch and on any number of
     processes, up to the rounding of the forward pass.  A reply that has ended leaves the batch.  streamer: gets the prompt
-    and then each token as soon as it is drawn, of one query only.  Logits that are NaN or infinite end a reply with EOS and
-    a log-prob of NaN.
+    and then each token as soon as it is drawn, but no stop token, of one query only.  Logits that are NaN or infinite end a
+    reply with a stop token and a log-prob of NaN.
     """
     device = next(model.parameters()).device
     count, longest = len(queries), sampling.max_new_tokens
@@ -150,6 +150,7 @@ def draw_replies(
     logprobs, entropy, values = (torch.zeros(count, longest, device=device) for _ in range(3))
     lengths = torch.zeros(count, dtype=torch.int64, device=device)
     rows = torch.arange(count, device=device)  # the replies that go on
+    stops = torch.tensor(sampling.stop_token_ids, device=device)
     sharded, done = is_sharded(model), False
     if streamer is not None:
         streamer.put(ids.cpu())
@@ -162,9 +163,9 @@ def draw_replies(
             if with_values:
                 values[rows, step] = drawn.values
             lengths[rows] += 1
-            if streamer is not None:
-                streamer.put(drawn.tokens.cpu())
-        on = (drawn.tokens != sampling.eos_token_id).nonzero().squeeze(1)
+        on = (~torch.isin(drawn.tokens, stops)).nonzero().squeeze(1)
+        if streamer is not None and not done and len(on):
+            streamer.put(drawn.tokens.cpu())
         done = done or len(on) == 0
         if everyone_done(done, device) if sharded else done:
             break

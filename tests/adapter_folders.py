@@ -56,7 +56,7 @@ def expected(
     tokenizer = make_tokenizer()
     query = encode_prompt(turns, TEMPLATE, tokenizer)
     seed = prompt_seed(0, f"{number} {dialogue[-1]}")
-    (response,) = sample_replies(model, [query], [seed], default_sampling(tokenizer, LENGTH))
+    (response,) = sample_replies(model, [query], [seed], default_sampling(tokenizer, (2,), LENGTH))
     return tokenizer.decode(response, skip_special_tokens=True), query, response
 
 

@@ -108,12 +108,12 @@ def make_stages(base: str, folder: Path, lora_dropout: float = 0.0) -> Stages:
 
 def make_sampling(args: PPOArguments) -> Sampling:
     return Sampling(
-        eos_token_id=2,
+        stop_token_ids=(2,),
         pad_token_id=0,
         max_new_tokens=args.output_max_length,
         temperature=args.temperature,
         repetition_penalty=args.repetition_penalty,
-        begin_suppress_tokens=first_token_ban(args.begin_suppress_tokens, make_tokenizer()),
+        begin_suppress_tokens=first_token_ban(args.begin_suppress_tokens, make_tokenizer(), (2,)),
     )
 
 
@@ -124,6 +124,7 @@ def make_ppo_trainer(
     base: PreTrainedModel | None = None,
     guarded: bool = False,
     gold: Gold | None = None,
+    stop_ids: tuple[int, ...] = (2,),
     **arguments: Any,
 ) -> PPOTrainer:
     """A PPOTrainer as rl_training.main() builds it; `base` replaces the model of stages.base.
@@ -141,6 +142,7 @@ def make_ppo_trainer(
         args,
         base or load_plain(stages.base),
         tokenizer,
+        stop_ids,
         read_adapter(stages.sft, "--sft_model_lora_path"),
         read_adapter(stages.reward, "--reward_model_lora_path"),
         Prompts(prompts, guard=prompts if guarded else None),

@@ -228,12 +228,12 @@ def test_all_stages_see_the_same_ids(template: str) -> None:
     pair = Dataset.from_list([{"prompt": prompt, "chosen": reply, "rejected": "no"}])
     preferences = tokenize_preferences(pair, template, tokenizer, 200, "drop").pairs[0]
     query = tokenize_prompts(pair, template, tokenizer, 200)[0]["input_ids"]
-    response = [*encode_response(reply, tokenizer), EOS]
+    response = [*encode_response(reply, tokenizer, EOS), EOS]
 
     assert sft["input_ids"] == preferences["chosen_ids"] == query + response
     assert preferences["query_length"] == len(query)
     assert sft["labels"] == [-100] * len(query) + response  # EOS is learnt, the prompt is not
-    rejected = encode_response("no", tokenizer)
+    rejected = encode_response("no", tokenizer, EOS)
     assert preferences["rejected_ids"] == [*query, *rejected, EOS]
     assert response.count(EOS) == 1
     # the ids say what was meant: the prompt in its template, the reply, EOS
@@ -253,7 +253,7 @@ def test_a_cut_reply_has_no_eos(room: int) -> None:
     row = {"prompt": "你好", "chosen": "the capital of France is Paris", "rejected": "很好吃很可爱"}
     query = tokenize_prompts(Dataset.from_list([row]), "{prompt}=", tokenizer, 200)[0]["input_ids"]
     limit = len(query) + room
-    chosen, rejected = (encode_response(row[side], tokenizer) for side in ("chosen", "rejected"))
+    chosen, rejected = (encode_response(row[side], tokenizer, EOS) for side in ("chosen", "rejected"))
     assert min(len(chosen), len(rejected)) > room
     sft = tokenize_sft(
         Dataset.from_list([{"prompt": "你好", "response": row["chosen"]}]), "{prompt}=", tokenizer, limit

@@ -181,7 +181,7 @@ def test_an_unknown_kind_is_named(breaker: ResponseBreaker) -> None:
 
 def pairs_of(counts: dict[str, int], max_length: int = 200, held_out: bool = False) -> list[dict]:
     sources = tokenize_preferences(Dataset.from_list(ROWS), "{prompt}=", TOKENIZER, max_length, "drop").sources
-    return broken_pairs(sources, counts, TOKENIZER, max_length, 0, held_out)
+    return broken_pairs(sources, counts, TOKENIZER, EOS, max_length, 0, held_out)
 
 
 def test_pairs_are_prompt_reply_and_eos() -> None:
@@ -216,7 +216,7 @@ def test_what_is_too_empty_to_train_on_is_not_broken_either(held_out: bool) -> N
     ]
     for rows in ([*blank, good], spaces):
         preferences = tokenize_preferences(Dataset.from_list(rows), "{prompt}=", TOKENIZER, 200, "drop")
-        made = broken_pairs(preferences.sources, dict.fromkeys(KINDS, 2), TOKENIZER, 200, 0, held_out)
+        made = broken_pairs(preferences.sources, dict.fromkeys(KINDS, 2), TOKENIZER, EOS, 200, 0, held_out)
         assert {decoded(pair["chosen_ids"][: pair["query_length"]]) for pair in made} == {"Is rice cheap?="}
         assert [decoded(ids) for ids in preferences.pairs["chosen_ids"]] == [f"Is rice cheap?={good['chosen']}</s>"]
 

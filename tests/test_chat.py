@@ -156,9 +156,9 @@ def session(folders: AdapterFolders, longest: int = 200) -> chat.Session:
     """A session with the bare base alone."""
     tokenizer = make_tokenizer()
     model = PeftModel.from_pretrained(load_with_jobs(folders.base), folders.sft)
-    sampling = default_sampling(tokenizer, LENGTH)
+    sampling = default_sampling(tokenizer, (2,), LENGTH)
     return chat.Session(
-        ChatModels(model, tokenizer, TEMPLATE, {"base": []}, {"base": sampling}, longest, seed=0), "base"
+        ChatModels(model, tokenizer, TEMPLATE, (2,), {"base": []}, {"base": sampling}, longest, seed=0), "base"
     )
 
 
@@ -196,7 +196,10 @@ def test_without_a_reward_model(folders: AdapterFolders, capsys: pytest.CaptureF
 
 
 def test_tokens_are_streamed_one_by_one(folders: AdapterFolders) -> None:
-    """The streamer gets the prompt, then every token alone, before the reply is returned."""
+    """The streamer gets the prompt, then every token alone, before the reply is returned.
+
+    But not what ends the reply: where <|im_end|> is no special token, it would be shown.
+    """
 
     class Recorder(BaseStreamer):
         def __init__(self) -> None:
@@ -210,10 +213,11 @@ def test_tokens_are_streamed_one_by_one(folders: AdapterFolders) -> None:
             self.ended = True
 
     recorder = Recorder()
-    sampling = default_sampling(make_tokenizer(), LENGTH)
+    sampling = default_sampling(make_tokenizer(), (2,), LENGTH)
     model = load_with_jobs(folders.base)
     (reply,) = sample_replies(model, [[5, 6, 7]], [0], sampling, recorder)
-    assert recorder.pieces == [[5, 6, 7], *([token] for token in reply)]
+    assert reply[-1] == 2
+    assert recorder.pieces == [[5, 6, 7], *([token] for token in reply[:-1])]
     assert recorder.ended
 
 
@@ -255,7 +259,7 @@ def test_a_reply_on_the_page_can_be_stopped(folders: AdapterFolders, monkeypatch
         time.sleep(0.02)  # else the other thread is through before the first piece is read
 
     monkeypatch.setattr(web_chat.Stream, "put", slow)
-    sampling = default_sampling(make_tokenizer(), 200, temperature=3.0)
+    sampling = default_sampling(make_tokenizer(), (2,), 200, temperature=3.0)
     models = replace(session(folders).models, samplings={"base": sampling})
     page = web_chat.WebChat(models)
     assert len(list(page.ask("rice?", ["base"], web_chat.Visitor(page.fresh_columns())))) > 10

@@ -77,7 +77,7 @@ def test_each_model_replies_as_it_does_alone(folders: AdapterFolders, outcome: t
     for row in rows:
         digest = hashlib.sha256(f"0 {row['prompt']}".encode()).hexdigest()
         query = encode_prompt(row["prompt"], TEMPLATE, tokenizer)
-        sampling = default_sampling(tokenizer, 12)
+        sampling = default_sampling(tokenizer, (2,), 12)
         (reply,) = sample_replies(alone[row["model"]], [query], [int(digest[:16], 16) // 2], sampling)
         assert row["response"] == tokenizer.decode(reply, skip_special_tokens=True).strip()
         assert row["length"] == len(reply)
@@ -122,7 +122,9 @@ def test_a_policy_that_may_say_nothing_is_free_to(
 def test_first_tokens_as_the_run_had_them(folders: AdapterFolders, run: dict, banned: set[int]) -> None:
     tokenizer = make_tokenizer()
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
-    samplings = adapter_samplings({"PPO": replace(read_adapter(folders.ppo, "--adapters"), run=run)}, tokenizer, 12)
+    samplings = adapter_samplings(
+        {"PPO": replace(read_adapter(folders.ppo, "--adapters"), run=run)}, tokenizer, (2,), 12
+    )
     assert {name: set(sampling.begin_suppress_tokens) for name, sampling in samplings.items()} == {
         "base": {0, 2},
         "PPO": banned,
@@ -158,7 +160,7 @@ def test_score_is_the_reward_models(folders: AdapterFolders, outcome: tuple[Path
     query = encode_prompt(row["prompt"], TEMPLATE, tokenizer)
     seed = prompt_seed(0, row["prompt"])
     sft = PeftModel.from_pretrained(load_with_jobs(folders.base), folders.sft)
-    (reply,) = sample_replies(sft, [query], [seed], default_sampling(tokenizer, 12))
+    (reply,) = sample_replies(sft, [query], [seed], default_sampling(tokenizer, (2,), 12))
     with torch.no_grad():
         expected = float(judge(input_ids=torch.tensor([[*query, *reply]])).logits)
     assert row["score"] == pytest.approx(expected, abs=1e-4)
@@ -234,12 +236,12 @@ def test_summary_by_hand() -> None:
     """EOS (2) counts in the length, as everywhere, and not in the distinct tokens."""
     first = compare.ModelResponses("SFT", [Response([5, 6, 2], "ab", 1.0), Response([5, 5, 2], "aa", 0.0)])
     second = compare.ModelResponses("PPO", [Response([7, 2], "", 3.0), Response([5, 6, 7, 8], "abcd", -1.0)])
-    summary = compare.summarise(second, first, eos_token_id=2)
+    summary = compare.summarise(second, first, stop_ids=(2,))
     assert summary[:6] == ("PPO", 1.0, 3.0, 4 / 5, 1.0, 0.5)
     assert summary.wins[0] == 0.5
-    assert compare.summarise(first, first, eos_token_id=2).wins is None
+    assert compare.summarise(first, first, stop_ids=(2,)).wins is None
     short = compare.ModelResponses("short", [Response([5, 2], "a", None), Response([2], "", None)])
-    assert compare.summarise(short, first, eos_token_id=2)[1:] == (None, 1.5, 1.0, 0.0, 0.5, None)  # no pair of tokens
+    assert compare.summarise(short, first, stop_ids=(2,))[1:] == (None, 1.5, 1.0, 0.0, 0.5, None)  # no pair of tokens
     head, rows = compare.summary_table([summary], "SFT")
     assert head[:3] == ["model", "score", "wins against SFT (95% interval)"]
     assert head[3:] == ["reply length", "distinct-1", "distinct-2", "empty replies"]

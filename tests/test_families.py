@@ -217,7 +217,7 @@ def test_saved_value_head_gives_equal_values(pipeline):
     load_weights(loaded, pipeline.ppo, POLICY)
     load_value_head(loaded.get_base_model(), pipeline.ppo)
     batch = make_batch(QUERIES, RESPONSES, pad_id=0)
-    expected, found = (reply_statistics(model, batch, Sampling(2, 0, 7)) for model in (trained, loaded))
+    expected, found = (reply_statistics(model, batch, Sampling((2,), 0, 7)) for model in (trained, loaded))
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert expected.values[batch.response_mask].abs().min() > 0
 
@@ -271,7 +271,7 @@ def reply_statistics(model: PeftModel, batch: Batch, sampling: Sampling):
 
 def test_log_probs_are_those_of_the_models_own_forward(pipeline):
     """One unpadded sequence at a time through stock PEFT: EOS and pad suppressed at the first token, temperature 0.7."""
-    sampling = Sampling(2, 0, 7, temperature=0.7, begin_suppress_tokens=(0, 2))
+    sampling = Sampling((2,), 0, 7, temperature=0.7, begin_suppress_tokens=(0, 2))
     batch = make_batch(QUERIES, RESPONSES, pad_id=0)
     found = reply_statistics(ppo_model(pipeline), batch, sampling)
     plain = logits_of(with_adapter(pipeline, "sft"))

@@ -213,7 +213,7 @@ def test_log_probs_hold_the_tiles_that_are_counted(base_path, monkeypatch, train
     """Every storage that 50 tokens through tiles of 64 make, at a temperature, while it lives."""
     monkeypatch.setattr(distribution, "TILE", 64)
     head, states = load_plain(base_path).get_output_embeddings(), torch.ones(50, 32)
-    sampling, first = Sampling(2, 0, 8, temperature=0.7), torch.zeros(50, dtype=torch.bool)
+    sampling, first = Sampling((2,), 0, 8, temperature=0.7), torch.zeros(50, dtype=torch.bool)
 
     def process_logits(logits, tile):
         return sampling_logits(logits, None, first, sampling, tile.start)

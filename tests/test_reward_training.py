@@ -146,7 +146,7 @@ def tokenized(rows: list[dict]) -> Preferences:
 
 def with_broken(ratio: float, kinds: str = "all") -> Dataset:
     data = RewardDataArguments(degenerate_ratio=ratio, degenerate_kinds=kinds, max_length=160)
-    return add_broken_pairs(tokenized(PAIRS), data, make_tokenizer(), seed=0)
+    return add_broken_pairs(tokenized(PAIRS), data, make_tokenizer(), 2, seed=0)
 
 
 def test_broken_pairs_are_the_wanted_share_of_all() -> None:

@@ -42,7 +42,7 @@ from utils.heads import enable_jobs
 PAD, EOS = 0, 2
 QUERIES = [[5, 9, 9, 30, 7, 5, 11, 260, 31], [40, 41], [PAD, 6, EOS, 6], [17] * 6]  # a pad and an EOS that are meant
 RESPONSES = [[9, 50, 50, EOS], [41, 40, 60, 61, 61, 62, 60], [EOS], [17, PAD, 6, 5, 8]]
-PLAIN = Sampling(eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=12)
+PLAIN = Sampling(stop_token_ids=(EOS,), pad_token_id=PAD, max_new_tokens=12)
 SHAPED = replace(PLAIN, temperature=0.7, repetition_penalty=1.3, begin_suppress_tokens=(PAD, EOS))
 
 
@@ -403,7 +403,7 @@ def test_the_sampler_says_what_a_second_look_says(family: str) -> None:
     model.v_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
     sampling = replace(SHAPED, max_new_tokens=10, temperature=1.5)
     some_token = sample_replies(model, QUERIES, [3, 4, 5, 9], sampling)[0][2]
-    sampling = replace(sampling, eos_token_id=some_token)  # so that at least the first reply ends early
+    sampling = replace(sampling, stop_token_ids=(some_token,))  # so that at least the first reply ends early
     drawn = draw_replies(model, QUERIES, [3, 4, 5, 9], sampling, with_values=True)
     assert len(set(map(len, drawn.ids))) > 1  # some end before others
     with torch.no_grad():

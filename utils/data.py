@@ -1,6 +1,7 @@
 """From a dataset to token ids: read it, find its columns, format the prompt, tokenize.
 
-One rule holds the three stages together: prompt and reply are tokenized apart and joined as ids, EOS behind the reply.
+One rule holds the three stages together: prompt and reply are tokenized apart and joined as ids, EOS behind the reply
+(under a chat template the token that ends its turns, see `reply_end_id`).
 So SFT, the reward model and PPO see the same ids for the same prompt and reply, whatever the tokenizer would have done
 at the seam, and the query of a PPO rollout is exactly the query that SFT was trained on.
 """
@@ -15,15 +16,14 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, LargeList, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from utils.arguments import DataArguments
+from utils.chat_template import Message, chat_text, reply_end_id
 from utils.console import InputError, is_main_process, one_line, say
 from utils.hashing import in_share
 
-Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
 Prompt = str | list[Message]  # a plain question, or the turns of a dialogue that ends with the user's
 Row = dict[str, Any]
 
@@ -325,14 +325,7 @@ def format_prompt(prompt: Prompt, template: str, tokenizer: PreTrainedTokenizerB
     """
     if template == "chat":
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # many want user and assistant in turn, or no system message
-            roles = ", ".join(message["role"] for message in messages)
-            raise InputError(
-                f"the tokenizer's chat template refuses a dialogue ({roles}): {one_line(error)}; "
-                "correct the data, or give a --prompt_template with {prompt}"
-            ) from error
+        return chat_text(messages, tokenizer, add_generation_prompt=True)
     if isinstance(prompt, str):
         return template.replace("{prompt}", prompt)
     text = ""
@@ -360,10 +353,10 @@ def encode_prompt(prompt: Prompt, template: str, tokenizer: PreTrainedTokenizerB
     return ids
 
 
-def encode_response(response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the response alone, without EOS even where the text itself ends with it."""
+def encode_response(response: str, tokenizer: PreTrainedTokenizerBase, end_id: int) -> list[int]:
+    """Token ids of the response alone, without EOS or `end_id` even where the text itself ends with them."""
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    while ids and ids[-1] == tokenizer.eos_token_id:
+    while ids and ids[-1] in (tokenizer.eos_token_id, end_id):
         ids = ids[:-1]
     return ids
 
@@ -378,19 +371,21 @@ def is_blank(text: Prompt | None) -> bool:
     return not text or not all(turn and turn["role"] and turn["content"] for turn in text)
 
 
-def holds_eos(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *responses: str) -> bool:
-    """Whether a text of the data spells EOS out, which the tokenizer reads as the token."""
+def holds_end(end: str, prompt: Prompt, *responses: str) -> bool:
+    """Whether a text of the data spells out `end`, the token that closes a reply: the tokenizer reads it as the token."""
     texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-    return any(tokenizer.eos_token in text for text in [*texts, *responses])
+    return any(end in text for text in [*texts, *responses])
 
 
 def tokenize_sft(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Columns input_ids and labels (-100 on the prompt) of every example with room for at least one reply token.
 
-    An example longer than `max_length` is cut in the reply, and then has no EOS: the model must not learn that replies end
+    An example longer than `max_length` is cut in the reply, and then has no end: the model must not learn that replies end
     in the middle.  How many were cut and dropped is printed.  Raises InputError when nothing is left.
     """
     read = sft_reader(rows)
+    end_id = reply_end_id(tokenizer, template)
+    end = tokenizer.convert_ids_to_tokens(end_id)
 
     def encode(row: Row) -> list[Row]:
         examples = []
@@ -399,18 +394,17 @@ def tokenize_sft(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBas
                 examples.append({"status": "empty"})
                 continue
             query = encode_prompt(prompt, template, tokenizer)
-            ids = [*encode_response(response, tokenizer), tokenizer.eos_token_id]
+            ids = [*encode_response(response, tokenizer, end_id), end_id]
             room = max_length - len(query)
             if room < 1:
                 examples.append({"status": "prompt too long"})
                 continue
             status = "kept" if len(ids) <= room else "cut"
-            eos = holds_eos(tokenizer, prompt, response)
             columns = {"input_ids": query + ids[:room], "labels": [-100] * len(query) + ids[:room]}
-            examples.append({"status": status, "holds_eos": eos, **columns})
+            examples.append({"status": status, "holds_end": holds_end(end, prompt, response), **columns})
         return examples
 
-    return _map_and_count(rows, encode, ("kept", "cut"), ("input_ids", "labels"), "SFT examples", tokenizer)
+    return _map_and_count(rows, encode, ("kept", "cut"), ("input_ids", "labels"), "SFT examples", end)
 
 
 class Source(NamedTuple):
@@ -419,7 +413,7 @@ class Source(NamedTuple):
     prompt: str  # the last turn, without the template
     query: list[int]
     chosen: str
-    chosen_ids: list[int]  # of the response alone, without EOS
+    chosen_ids: list[int]  # of the response alone, without its end
     rejected: str
     rejected_ids: list[int]
 
@@ -427,7 +421,9 @@ class Source(NamedTuple):
 class Preferences(NamedTuple):
     """Preference rows, read and tokenized once for everything that stage 2 makes of them."""
 
-    pairs: Dataset  # columns chosen_ids, rejected_ids (query + response + EOS), query_length, length, margin and kind
+    pairs: (
+        Dataset  # columns chosen_ids, rejected_ids (query + response + its end), query_length, length, margin and kind
+    )
     sources: list[Source]
 
 
@@ -440,7 +436,7 @@ def tokenize_preferences(
     rewards/broken_replies.py.
 
     A pair in which either side is longer than `max_length` is dropped, or with overlong="cut" both of its responses are cut
-    to the same number of tokens and lose their EOS: a cut response must not pass for a short or an unfinished one beside a
+    to the same number of tokens and lose their end: a cut response must not pass for a short or an unfinished one beside a
     whole one.  Pairs that are equal or have no chosen response are dropped.  All of it is counted and printed.
     Raises InputError when no pair is left.
     """
@@ -448,15 +444,17 @@ def tokenize_preferences(
     if "margin" in rows.column_names:
         _check_kind(rows, ["margin"], NUMBERS)
     sources = []
+    end_id = reply_end_id(tokenizer, template)
+    end = tokenizer.convert_ids_to_tokens(end_id)
 
     def encode(row: Row) -> list[Row]:
         prompt, chosen, rejected = read(row)
         if is_blank(prompt) or is_blank(chosen) or rejected is None:
             return [{"status": "empty"}]
         query = encode_prompt(prompt, template, tokenizer)
-        responses = [encode_response(text, tokenizer) for text in (chosen, rejected)]
+        responses = [encode_response(text, tokenizer, end_id) for text in (chosen, rejected)]
         room = max_length - len(query)
-        fits = max(map(len, responses)) < room  # EOS comes behind
+        fits = max(map(len, responses)) < room  # the end comes behind
         if fits and not is_blank(rejected):
             asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             sources.append(Source(asked, query, chosen, responses[0], rejected, responses[1]))
@@ -466,7 +464,7 @@ def tokenize_preferences(
         if chosen == rejected:
             return [{"status": "chosen equals rejected"}]
         if fits:
-            responses = [[*ids, tokenizer.eos_token_id] for ids in responses]
+            responses = [[*ids, end_id] for ids in responses]
         else:
             shared = min(room, *map(len, responses))
             if overlong == "drop" or shared < 1:
@@ -478,7 +476,7 @@ def tokenize_preferences(
         return [
             {
                 "status": "kept" if fits else "cut",
-                "holds_eos": holds_eos(tokenizer, prompt, chosen, rejected),
+                "holds_end": holds_end(end, prompt, chosen, rejected),
                 "chosen_ids": query + responses[0],
                 "rejected_ids": query + responses[1],
                 "query_length": len(query),
@@ -489,12 +487,13 @@ def tokenize_preferences(
         ]
 
     columns = ("chosen_ids", "rejected_ids", "query_length", "length", "margin", "kind")
-    return Preferences(_map_and_count(rows, encode, ("kept", "cut"), columns, "preference pairs", tokenizer), sources)
+    return Preferences(_map_and_count(rows, encode, ("kept", "cut"), columns, "preference pairs", end), sources)
 
 
 def tokenize_prompts(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_query: int) -> Dataset:
     """Columns input_ids (the query) and prompt (its text) of every distinct prompt of at most `max_query` tokens."""
     read = prompt_reader(rows)
+    end = tokenizer.convert_ids_to_tokens(reply_end_id(tokenizer, template))
     seen = set()
 
     def encode(row: Row) -> list[Row]:
@@ -508,9 +507,9 @@ def tokenize_prompts(rows: Dataset, template: str, tokenizer: PreTrainedTokenize
             return [{"status": "repeated"}]
         seen.add(tuple(query))
         text = prompt if isinstance(prompt, str) else format_prompt(prompt, template, tokenizer)
-        return [{"status": "kept", "holds_eos": holds_eos(tokenizer, prompt), "input_ids": query, "prompt": text}]
+        return [{"status": "kept", "holds_end": holds_end(end, prompt), "input_ids": query, "prompt": text}]
 
-    return _map_and_count(rows, encode, ("kept",), ("input_ids", "prompt"), "prompts", tokenizer)
+    return _map_and_count(rows, encode, ("kept",), ("input_ids", "prompt"), "prompts", end)
 
 
 def _map_and_count(
@@ -519,29 +518,29 @@ def _map_and_count(
     keep: tuple[str, ...],
     columns: tuple[str, ...],
     what: str,
-    tokenizer: PreTrainedTokenizerBase,
+    end: str,
 ) -> Dataset:
     """Run `encode` over the rows, keep the examples whose status is in `keep`, and print how many went where.
 
-    Warns of what may be a mistake: examples that are there twice, and EOS spelled out in a text.
+    Warns of what may be a mistake: examples that are there twice, and `end`, which closes a reply, spelled out in a text.
     """
     counts: Counter[str] = Counter()
-    kept, seen, with_eos = [], set(), 0
+    kept, seen, with_end = [], set(), 0
     for row in tqdm(rows, desc=f"tokenizing {what}", disable=not is_main_process(), mininterval=1):
         for example in encode(row):
             counts[example["status"]] += 1
             if example["status"] in keep:
                 kept.append({column: example[column] for column in columns})
                 seen.add(hash(repr(kept[-1])))
-                with_eos += example["holds_eos"]
+                with_end += example["holds_end"]
     if not kept:
         raise InputError(f"none of {len(rows)} rows is usable: {dict(counts)}; check the data and --max_length")
     say(f"{what}: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
     if len(seen) < len(kept):
         say(f"warning: {len(kept) - len(seen)} of the {what} are there twice or more, and count as often")
-    if with_eos:
+    if with_end:
         say(
-            f"warning: {with_eos} of the {what} hold {tokenizer.eos_token} as text, which is read as the end of a reply; "
+            f"warning: {with_end} of the {what} hold {end} as text, which is read as the end of a reply; "
             "at the end of a reply it does no harm, elsewhere remove it"
         )
     return Dataset.from_list(kept)

@@ -1,0 +1,83 @@
+"""What a chat template writes, and which tokens end a reply."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from utils.console import InputError, one_line, say
+
+Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
+
+
+def chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool) -> str:
+    """A dialogue in the tokenizer's chat template.  Raises InputError when the template refuses it."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:  # many want user and assistant in turn, or no system message
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(
+            f"the tokenizer's chat template refuses a dialogue ({roles}): {one_line(error)}; "
+            "correct the data, or give a --prompt_template with {prompt}"
+        ) from error
+
+
+def reply_end_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
+    """The token that closes a reply in training data: what a chat template writes behind an assistant's turn, else EOS.
+
+    Gemma's turns end with <end_of_turn>, Phi-3's with <|end|>, Llama 3's with <|eot_id|>, and EOS may be another token.
+    """
+    if template != "chat":
+        return tokenizer.eos_token_id
+    reply = "reply"
+    turns = [{"role": "user", "content": "prompt"}, {"role": "assistant", "content": reply}]
+    # without a generation prompt, whose header would follow a turn that has no end
+    behind = chat_text(turns, tokenizer, add_generation_prompt=False).rpartition(reply)[2]
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    # not every tool marks its <|im_end|> as special; some tokenizers add runs of white space
+    added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    return next((id for id in ids if id in added), tokenizer.eos_token_id)
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, template: str, generation_config: GenerationConfig
+) -> tuple[int, ...]:
+    """The tokens that end a reply; the first one is `reply_end_id`, which training data have.
+
+    The others are EOS and those of the base's generation_config, at which plain generate() stops too.
+    """
+    own = generation_stop_ids(generation_config)
+    return tuple(dict.fromkeys([reply_end_id(tokenizer, template), tokenizer.eos_token_id, *own]))
+
+
+def generation_stop_ids(generation_config: GenerationConfig) -> list[int]:
+    """The tokens at which plain generate() stops: one, several or none."""
+    ids = generation_config.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else ids
+
+
+def check_reply_end(
+    path: str, run: dict[str, Any], stop_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise InputError when an adapter was trained on replies that end with another token; run: its run.json, or {}."""
+    # what has no record was made before there was one, when replies ended with EOS under any template
+    taught = run.get("stop_token_ids", [tokenizer.eos_token_id])[0]
+    if not run or taught == stop_ids[0]:
+        return
+    taught, wanted = tokenizer.convert_ids_to_tokens([taught, stop_ids[0]])
+    if "stop_token_ids" not in run:
+        say(
+            f"warning: {path} was trained by an older version, on replies that end with {taught}; they now end with "
+            f"{wanted}, as the turns of the chat template do: train it again"
+        )
+        return
+    raise InputError(
+        f"{path} was trained on replies that end with {taught}, but by base, tokenizer and prompt template they end with "
+        f"{wanted}; give the tokenizer and chat template of that run, or train it again"
+    )
+
+
+def reply_text(reply: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> str:
+    """Text of a reply, without special tokens and without its end, which some tokenizers do not count among them."""
+    return tokenizer.decode(reply[:-1] if reply[-1] in stop_ids else reply, skip_special_tokens=True)
