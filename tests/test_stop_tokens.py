@@ -16,19 +16,23 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 import compare
 import merge_lora
+import reward_modeling
+import rl_training
+import sft_training
 from inference.side_by_side import InferenceArguments, Response, load_models
 from rewards.broken_replies import KINDS, broken_pairs
 from rollout.batch import make_batch
 from rollout.distribution import default_sampling, first_token_ban
 from rollout.experience import describe
 from rollout.sampler import sample_replies
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import make_model, make_tokenizer, write_rows
 from tests.helpers import (
     Stages,
     load_with_jobs,
     make_experience,
     make_ppo_trainer,
     make_stages,
+    run_main,
     save_lively_base,
     save_sft,
 )
@@ -315,6 +319,42 @@ def test_hardly_any_reply_that_ends_is_told_before_the_first_update(
 
 
 # ---- Between the stages ----
+
+
+def test_the_stages_agree_about_the_end_of_a_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three on a Gemma-like base: each records its stop tokens, and stage 3 ends its replies at any of them.
+
+    Then the SFT adapter says that its replies ended with EOS, as after an edit of the template: three scripts refuse it.
+    """
+    base = save_chat_base(tmp_path / "base", "gemma")
+    end = end_of("gemma", family_tokenizer("gemma"))
+    rows = [{"prompt": word, "chosen": f"I like {word}", "rejected": "no"} for word in ("tea", "soup")]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    common = ["--model_name", base, "--prompt_template", "chat", "--dataset", data, "--save_strategy", "no"]
+    sft = ["--sft_model_lora_path", str(tmp_path / "sft")]
+    reward = ["--max_steps", "1", "--eval_dataset", data, *sft, "--output_max_length", "12", "--max_length", "100"]
+    reward += ["--degenerate_ratio", "0"]
+    ppo = [*sft, "--reward_model_lora_path", str(tmp_path / "reward"), "--allow_weak_reward", "true", "--steps", "1"]
+    ppo += ["--batch_size", "2", "--ppo_epochs", "1", "--output_max_length", "30", "--guard", "off"]
+    stages = (
+        ("sft", sft_training, ["--max_steps", "1"]),
+        ("reward", reward_modeling, reward),
+        ("ppo", rl_training, ppo),
+    )
+    for name, script, words in stages:
+        run_main(script, [*common, *words, "--output_dir", tmp_path / name], monkeypatch)
+        assert json.loads((tmp_path / name / "run.json").read_text())["stop_token_ids"] == [end, EOS]
+    samples = [json.loads(line) for line in (tmp_path / "ppo" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["response_ids"][-1] for sample in samples if sample["ended"]} >= {end}
+    assert not any({end, EOS} & set(sample["response_ids"][:-1]) for sample in samples)
+
+    run = json.loads((tmp_path / "sft" / "run.json").read_text())
+    (tmp_path / "sft" / "run.json").write_text(json.dumps({**run, "stop_token_ids": [EOS, end]}))
+    for name, script, words in stages[1:]:
+        with pytest.raises(InputError, match="was trained on replies that end with </s>"):
+            run_main(script, [*common, *words, "--output_dir", tmp_path / f"{name}-2"], monkeypatch)
+    with pytest.raises(InputError, match="was trained on replies that end with </s>"):
+        load_models(InferenceArguments(model_name_or_path=base, adapters=[f"SFT={tmp_path / 'sft'}"]))
 
 
 def test_an_adapter_that_learnt_another_end_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
