@@ -226,8 +226,8 @@ def test_sft_responses_are_the_sft_adapters_own(base: str, tmp_path: Path) -> No
     queries = [tokenizer(text)["input_ids"] for text in ("cats=", "dogs=", "rice=")]
     probes = [{"chosen_ids": [*query, 5], "query_length": len(query)} for query in queries]
     data = RewardDataArguments(dataset="unused", probe_prompts=3, output_max_length=12, max_length=64)
-    found = reward_modeling.sample_sft_responses(trainer, read_adapter(sft, "--sft"), probes, data)
-    alone, sampling = PeftModel.from_pretrained(load_with_jobs(base), sft), default_sampling(tokenizer, 12)
+    found = reward_modeling.sample_sft_responses(trainer, read_adapter(sft, "--sft"), probes, data, (2, 41))
+    alone, sampling = PeftModel.from_pretrained(load_with_jobs(base), sft), default_sampling(tokenizer, (2, 41), 12)
     for seed, query in enumerate(sorted(queries)):
         assert found[seed] == query + sample_replies(alone, [query], [seed], sampling)[0]
     assert len(found) == 3
