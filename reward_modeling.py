@@ -37,6 +37,7 @@ from rewards.reward_model import ensemble_score, member_folders, member_scores, 
 from rollout.distribution import check_output_logits, default_sampling
 from rollout.sampler import sample_replies
 from runs.memory_plan import announce, reward_plan
+from runs.resume import check_same_run, identity, settle_date
 from runs.run_files import RunFiles, run_record
 from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
@@ -524,6 +525,10 @@ def main() -> None:
     tokenizer = load_tokenizer(model_args)
     template = model_args.prompt_template
     check_template(template, tokenizer)
+    sft = None
+    if data_args.sft_model_lora_path is not None:
+        sft = read_adapter(data_args.sft_model_lora_path, "--sft_model_lora_path")
+    day = settle_date(tokenizer, template, data_args.prompt_date, checkpoint, sft)
     pairs = read_pairs(data_args, template, tokenizer, training_args.seed)
     check_batches(training_args, len(pairs.train))
 
@@ -538,14 +543,19 @@ def main() -> None:
     ]
     check_lengths(base, max(map(len, sides)), "the longest pair", "--max_length")
     stop_ids = stop_token_ids(tokenizer, template, base.generation_config)
-    sft = None
-    if data_args.sft_model_lora_path is not None:
-        sft = read_adapter(data_args.sft_model_lora_path, "--sft_model_lora_path")
+    if sft is not None:
         check_adapter(sft, "--sft_model_lora_path", False, template, base)
         complete(base, sft, sft.config)  # what does not fit the base is told now, and not behind the training
         check_reply_end(sft.path, sft.run, stop_ids, tokenizer)
-    parts = {"data": asdict(data_args), "lora": asdict(lora_args)}
-    record = run_record("reward", base, model_args, training_args, **parts, stop_token_ids=stop_ids)
+    parts = {
+        "data": asdict(data_args),
+        "lora": asdict(lora_args),
+        **identity(training_args, pairs.train),
+        "prompt_date": day,
+        "stop_token_ids": stop_ids,
+    }
+    record = run_record("reward", base, model_args, training_args, **parts)
+    check_same_run(record, checkpoint, model_args, data_args, lora_args, training_args)
 
     # ---- Training ----
     trainer = build_trainer(training_args, lora_args, base, tokenizer, pairs, record)

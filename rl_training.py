@@ -52,6 +52,7 @@ from rollout.policy_files import PolicyFiles
 from rollout.sampler import seed_of
 from rollout.watch import Watch
 from runs.memory_plan import announce, ppo_plan
+from runs.resume import check_same_run, identity, settle_date
 from runs.run_files import RunFiles, run_record
 from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
@@ -535,8 +536,6 @@ class PPOTrainer(ResumableTrainer):
         state = self.policy_files.gather()
         if self.args.should_save:
             self.policy_files.write(output_dir or self.args.output_dir, state)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # DeepSpeed fills the parameters by itself, and calls nothing of ours.
@@ -691,6 +690,7 @@ def main() -> None:
     tokenizer = load_tokenizer(model_args)
     template = model_args.prompt_template
     check_template(template, tokenizer)
+    day = settle_date(tokenizer, template, data_args.prompt_date, checkpoint, sft, reward)
     first_token_ban(training_args.begin_suppress_tokens, tokenizer, ())  # before anything large is read
     prompts = read_prompts(data_args, training_args, template, tokenizer)
     if gold is not None:
@@ -716,7 +716,10 @@ def main() -> None:
         statistics = ScoreStatistics()
 
     # ---- Training ----
-    record = run_record("ppo", base, model_args, training_args, data=asdict(data_args), stop_token_ids=stop_ids)
+    adapters = {"sft_model_lora_path": sft, "reward_model_lora_path": reward}
+    same = {**identity(training_args, prompts.train, adapters), "prompt_date": day, "stop_token_ids": stop_ids}
+    record = run_record("ppo", base, model_args, training_args, data=asdict(data_args), **same)
+    check_same_run(record, checkpoint, model_args, data_args, training_args)
     trainer = build_trainer(training_args, base, tokenizer, stop_ids, sft, reward, prompts, statistics, gold, record)
     trainer.train(resume_from_checkpoint=checkpoint)
 

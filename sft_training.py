@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from runs.memory_plan import announce, sft_plan
+from runs.resume import check_same_run, identity, settle_date
 from runs.run_files import RunFiles, run_record
 from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
@@ -188,6 +189,7 @@ def main() -> None:
     tokenizer = load_tokenizer(model_args)
     template = model_args.prompt_template
     check_template(template, tokenizer)
+    day = settle_date(tokenizer, template, data_args.prompt_date, checkpoint)
     train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_DATASET)
     check_evaluation(training_args, eval_rows is not None)
     train = tokenize_sft(train_rows, template, tokenizer, training_args.max_length)
@@ -199,9 +201,11 @@ def main() -> None:
     check_tokenizer(base, tokenizer)
     longest = max(len(row["input_ids"]) for rows in (train, evaluation or []) for row in rows)
     check_lengths(base, longest, "the longest row", "--max_length")
-    parts = {"data": asdict(data_args), "lora": asdict(lora_args)}
     stop_ids = stop_token_ids(tokenizer, template, base.generation_config)
-    record = run_record("sft", base, model_args, training_args, **parts, stop_token_ids=stop_ids)
+    parts = {"data": asdict(data_args), "lora": asdict(lora_args), "prompt_date": day, "stop_token_ids": stop_ids}
+    parts |= identity(training_args, train)
+    record = run_record("sft", base, model_args, training_args, **parts)
+    check_same_run(record, checkpoint, model_args, data_args, lora_args, training_args)
 
     # ---- Training ----
     trainer = build_trainer(training_args, lora_args, base, tokenizer, train, evaluation, record)

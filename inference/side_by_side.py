@@ -16,7 +16,7 @@ from rollout.sampler import sample_replies
 from utils.adapters import REWARD, SavedAdapter, attach_adapter, check_adapter, load_adapter, read_adapter, use_adapter
 from utils.arguments import DEFAULT_TEMPLATE, ModelArguments
 from utils.base_model import check_tokenizer, load_base, load_tokenizer
-from utils.chat_template import check_reply_end, reply_text, stop_token_ids
+from utils.chat_template import check_reply_end, fix_date, reply_text, stop_token_ids
 from utils.console import InputError
 from utils.data import Message, check_template, encode_prompt
 from utils.hashing import hash64
@@ -145,6 +145,7 @@ def load_models(args: InferenceArguments) -> ChatModels:
     template = agreed_template(args, adapters)
     tokenizer = load_tokenizer(args)
     check_template(template, tokenizer)
+    fix_date(tokenizer, template, None, [adapter.run for adapter in adapters.values()])
 
     # ---- Base ----
     device, dtype = choose_device(args)

@@ -23,6 +23,7 @@ import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -136,6 +137,18 @@ class ResumableTrainer(Trainer):
             )
         return result
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What is restored holds the old --learning_rate: the one that was given now takes its place."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint is None or not isinstance(schedule, LambdaLR):  # DeepSpeed has one of its own
+            return
+        base = [self.args.learning_rate] * len(schedule.base_lrs)
+        rates = [rate * factor(schedule.last_epoch) for rate, factor in zip(base, schedule.lr_lambdas, strict=True)]
+        schedule.load_state_dict({**schedule.state_dict(), "base_lrs": base, "_last_lr": rates})
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"], group["lr"] = self.args.learning_rate, rate
+
     def is_finished(self) -> bool:
         """Whether there is nothing left to train: a run that was killed after its last step has only to be wound up."""
         return self.state.global_step >= self.state.max_steps
@@ -225,8 +238,6 @@ class ResumableTrainer(Trainer):
                 flush(self.args.output_dir)
                 self.remove_old_checkpoints(aside)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(final)
 
     @contextlib.contextmanager
     def aside(self, folder: str) -> Iterator[None]:
@@ -245,10 +256,6 @@ class ResumableTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, UNFINISHED) if self.writes_aside else folder
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.writes_aside:
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def remove_old_checkpoints(self, aside: str) -> None:
         """Keep --save_total_limit checkpoints, the newest and the best among them; each one goes at once, too."""

@@ -215,7 +215,7 @@ class Run:
     rates: dict[int, float] = field(default_factory=dict)  # learning rate of each step
     batches: list[Any] = field(default_factory=list)  # what each pass was given
     clips: set[float] = field(default_factory=set)  # norms that gradients were clipped to
-    losses: list[float] = field(default_factory=list)  # of each pass
+    asked: set[int] = field(default_factory=set)  # prompts of the data sets that PPO's policy responded to as a whole
     verbosity: int = 0
     mixed_precision: str = ""
     deterministic: bool = False
@@ -283,8 +283,7 @@ def start(stage: str, words: list[str]) -> Run:
         def note(trainer: ResumableTrainer, model: Any, inputs: Any, *args: Any) -> Any:
             run.rates[trainer.state.global_step] = round(trainer.optimizer.param_groups[0]["lr"], 9)
             run.batches.append(inputs)
-            run.losses.append(float(loss := step(trainer, model, inputs, *args)))
-            return loss
+            return step(trainer, model, inputs, *args)
 
         return note
 
@@ -292,6 +291,13 @@ def start(stage: str, words: list[str]) -> Run:
         def note(accelerator: Accelerator, parameters: Any, max_norm: float, *args: Any) -> Any:
             run.clips.add(max_norm)
             return clip(accelerator, parameters, max_norm, *args)
+
+        return note
+
+    def noted_prompts(respond: Callable) -> Callable:
+        def note(trainer: ResumableTrainer, dataset: Dataset, *args: Any) -> Any:
+            run.asked.add(len(dataset))
+            return respond(trainer, dataset, *args)
 
         return note
 
@@ -308,6 +314,7 @@ def start(stage: str, words: list[str]) -> Run:
         for kind in (ResumableTrainer, rl_training.PPOTrainer):
             patch.setattr(kind, "training_step", noted_step(kind.training_step))
         patch.setattr(Accelerator, "clip_grad_norm_", noted_clip(Accelerator.clip_grad_norm_))
+        patch.setattr(rl_training.PPOTrainer, "respond_to_all", noted_prompts(rl_training.PPOTrainer.respond_to_all))
         patch.setattr(reward_modeling, "pairwise_loss", noted_coefficient(reward_modeling.pairwise_loss, 2))
         patch.setattr(transformers.trainer, "activate_neftune", noted_coefficient(activate_neftune, 1))
         patch.setenv("TENSORBOARD_LOGGING_DIR", str(run.folder / "tensorboard"))
@@ -471,7 +478,7 @@ OF_PPO = {
     "steps": (lambda run: run.trainer.state.max_steps, 5),
     "save_freq": (lambda run: run.checkpoints(), [4, 5]),
     "batch_size": (lambda run: len(run.batches[0]), 5),
-    "guard_prompts": (lambda run: len(run.trainer.guard_dataset or ()), 2),
+    "guard_prompts": (lambda run: run.asked, {2, 3}),  # the guard's and the held-out ones
     "normalize_scores": (lambda run: run.trainer.statistics, (0.0, 1.0)),  # and not those of the card
     "data_seed": (lambda run: run.order(5), random_order(3, 10, 5)),
 }
@@ -665,6 +672,7 @@ ELSEWHERE = {  # file -> arguments whose effect is its subject, or that it gives
     "length_penalty_coefficient ensemble_size ensemble_penalty output_max_length",
     "test_guarded_run": "reward_model_lora_path guard guard_freq guard_patience kl_budget floor_broken_replies",
     "test_gold": "gold_function",
+    "test_resume_changed": "prompt_date",
     "test_input_errors": "allow_weak_reward max_length",
 }
 

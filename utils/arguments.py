@@ -7,6 +7,7 @@ checked by the same parser: aliases work in both, an unknown key is an error in 
 import argparse
 import copy
 import dataclasses
+import datetime
 import difflib
 import importlib.util
 import json
@@ -112,8 +113,19 @@ class DataArguments:
         default=0.0,
         metadata={"help": "Without --eval_dataset: hold out this share of the prompts (0 to 1) with all their rows."},
     )
+    prompt_date: str | None = field(
+        default=None,
+        metadata={
+            "help": "Day, as 2026-11-25, for a chat template that writes today's date.  Default: that of the run to go on "
+            "with or of the SFT adapter, else today."
+        },
+    )
 
     def __post_init__(self) -> None:
+        try:
+            datetime.date.fromisoformat(self.prompt_date or "2026-01-01")
+        except ValueError as error:
+            raise InputError(f"--prompt_date is {self.prompt_date}; give a day such as 2026-11-25") from error
         if not 0 <= self.eval_fraction < 1:
             raise InputError(f"--eval_fraction is {self.eval_fraction}; give a share from 0 up to, not including, 1")
 
@@ -174,7 +186,7 @@ class _Parser(HfArgumentParser):
     def withhold(self, names: set[str]) -> None:
         """Leave arguments out of --help, and their defaults to the dataclass: what is parsed for them was given."""
         for action in self._actions:
-            if action.dest in names or isinstance(action, argparse._StoreFalseAction):  # --no_x, for --x false
+            if action.dest in names or (action.nargs == 0 and action.const is False):  # --no_x
                 action.help = argparse.SUPPRESS
             if action.dest in names:
                 action.default = argparse.SUPPRESS

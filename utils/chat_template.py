@@ -1,6 +1,7 @@
 """What a chat template writes, and which tokens end a reply."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import date
 from typing import Any
 
 from jinja2 import TemplateError
@@ -8,19 +9,50 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from utils.console import InputError, one_line, say
 
+DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdFHIjmMpSuUwWxXyYZ"))  # of strftime()
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
 
 
 def chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool) -> str:
     """A dialogue in the tokenizer's chat template.  Raises InputError when the template refuses it."""
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    if hasattr(tokenizer, "prompt_date"):
+        options["chat_template"] = with_date(tokenizer.get_chat_template(), tokenizer.prompt_date)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(messages, **options)
     except TemplateError as error:  # many want user and assistant in turn, or no system message
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(
             f"the tokenizer's chat template refuses a dialogue ({roles}): {one_line(error)}; "
             "correct the data, or give a --prompt_template with {prompt}"
         ) from error
+
+
+def fix_date(
+    tokenizer: PreTrainedTokenizerBase, template: str, given: str | None, runs: Iterable[dict[str, Any]]
+) -> str | None:
+    """Settle which day it is for a chat template that asks for today's date, as Llama 3.2's does; None where none asks.
+
+    The day is the one that was given, else that of the first of `runs` (contents of run.json) that has one, else today.
+    With the day, the ids of a prompt would change, between the stages and where a run goes on.
+    """
+    if template != "chat" or "strftime_now" not in str(tokenizer.chat_template):
+        if given is not None:
+            say("warning: --prompt_date has no effect here; it needs a chat template that writes the date")
+        return None
+    known = [run["prompt_date"] for run in runs if run.get("prompt_date")]
+    tokenizer.prompt_date = date.fromisoformat(given or next(iter(known), date.today().isoformat()))
+    return tokenizer.prompt_date.isoformat()
+
+
+def with_date(chat_template: str, day: date) -> str:
+    """The chat template with a macro in the place of transformers' strftime_now, which says that it is `day`, 0:00.
+
+    A function of ours cannot be put there: transformers gives templates nothing that can be called.
+    """
+    answers = "".join(f".replace('{code}', '{day.strftime(code)}')" for code in DATE_CODES)
+    macro = "{%- macro strftime_now(format) -%}{{ format" + answers + " }}{%- endmacro %}"
+    return macro + "{{ '' }}" + chat_template  # a block in front would take a new line from the template
 
 
 def reply_end_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
