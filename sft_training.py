@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from rollout.distribution import check_output_logits
 from runs.memory_plan import announce, sft_plan
 from runs.resume import check_same_run, identity, settle_date
 from runs.run_files import RunFiles, run_record
@@ -199,6 +200,7 @@ def main() -> None:
     # ---- Model ----
     base = load_base(model_args, dtype, training_args.device)
     check_tokenizer(base, tokenizer)
+    check_output_logits(base)  # TRL makes them as this toolkit does
     longest = max(len(row["input_ids"]) for rows in (train, evaluation or []) for row in rows)
     check_lengths(base, longest, "the longest row", "--max_length")
     stop_ids = stop_token_ids(tokenizer, template, base.generation_config)

@@ -16,7 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.base_model import bare_layer
+from utils.base_model import bare_layer, text_decoder
 from utils.console import InputError
 
 # Logits held at once, in numbers.  On a CPU 16 MiB of float32, on a GPU, which needs more of them to be busy, 128 MiB.
@@ -154,13 +154,14 @@ def tile_logits(head: nn.Linear, hidden: Tensor, tile: slice) -> Tensor:
 
 
 @torch.no_grad()
-def check_output_logits(model: PeftModel) -> None:
+def check_output_logits(model: PreTrainedModel | PeftModel) -> None:
     """Make sure that `output_logits` is what this model's own forward pass computes.  Raises InputError if it is not."""
-    base = model.get_base_model()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     vocabulary = len(bare_layer(base.get_input_embeddings()).weight)
     ids = torch.arange(1, 9, device=next(base.parameters()).device).unsqueeze(0) % vocabulary
     mask = torch.ones_like(ids)
-    own = model(input_ids=ids, attention_mask=mask, job=lambda base, hidden: output_logits(base, hidden[0])).float()
+    hidden = text_decoder(base)(input_ids=ids, attention_mask=mask).last_hidden_state
+    own = output_logits(base, hidden[0]).float()
     theirs = model(input_ids=ids, attention_mask=mask).logits[0].float()
     # A soft cap moves small logits by less than 1%, so only 16-bit weights, which round to about 3 digits, get that much.
     share = 1e-4 if base.dtype == torch.float32 else 1e-2

@@ -228,8 +228,13 @@ def dry_run(model: PeftModel, rows: int, length: int, args: TrainingArguments, t
 
 
 def cache_bytes(base: PreTrainedModel, rows: int, length: int) -> int:
-    """Keys and values of every layer: layers * 2 * B * L * key-value heads * head width, in the type of the base."""
+    """Keys and values of every layer: layers * 2 * B * L * key-value heads * head width, in the type of the base.
+
+    0 for a base without attention, such as Mamba: the states in their place do not grow with a row.
+    """
     config = base.config.get_text_config()
+    if not hasattr(config, "num_attention_heads"):
+        return 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers * 2 * rows * length * heads * width * base.dtype.itemsize
@@ -244,8 +249,9 @@ def sampling_phases(model: PeftModel, rows: int, prompt: int, reply: int, args: 
     """
     base = model.get_base_model()
     config = base.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    repeated = 2 * rows * (prompt + reply) * config.num_attention_heads * width * base.dtype.itemsize
+    heads = getattr(config, "num_attention_heads", 0)
+    width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
+    repeated = 2 * rows * (prompt + reply) * heads * width * base.dtype.itemsize
     return {
         "reading prompts": {
             "KV cache": cache_bytes(base, rows, prompt),

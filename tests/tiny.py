@@ -134,6 +134,9 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
             parameter.data.mul_(0.1 / parameter.std())
     head = model.get_output_embeddings()
     if head is not None:  # uneven probabilities, EOS likely at some positions: replies of many lengths
-        head.weight.data *= 3
-        head.weight.data[EOS] *= 4
+        ids = torch.arange(3, 19)[None]
+        with torch.no_grad():
+            spread = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.std()
+        head.weight.data *= 2 / spread
+        head.weight.data[EOS] *= 3
     return model.requires_grad_(False).eval()
