@@ -66,7 +66,6 @@ PRIVATE: dict[str, tuple[object, tuple[str, ...]]] = {  # file of ours -> member
     "runs/memory_plan.py: modules": (torch.nn.Linear(1, 1), ("_buffers", "_parameters")),
     "runs/memory_plan.py: storages": (torch.UntypedStorage, ("_cdata",)),
     "utils/arguments.py": (argparse.ArgumentParser(), ("_actions", "_optionals")),
-    "utils/arguments.py: groups": (argparse.ArgumentParser().add_argument_group(), ("_group_actions",)),
     "runs/memory_plan.py: fake tensors": (torch._subclasses.fake_tensor, ("FakeTensorMode",)),
     "runs/memory_plan.py: dispatch": (torch.utils._python_dispatch, ("TorchDispatchMode",)),
     "runs/memory_plan.py: trees": (torch.utils._pytree, ("tree_leaves",)),
