@@ -40,7 +40,7 @@ from utils.batching import pad_right
 from utils.chat_template import generation_stop_ids
 from utils.console import InputError, one_line, run_script, say
 from utils.files import folder_when_done, write_json
-from utils.heads import add_score_head, enable_jobs, score_job
+from utils.heads import add_hidden_state_fn, add_score_head, score_fn
 
 # Texts on which the saved model is compared with base + adapter: of different lengths, so that a batch has padding.
 PROBES = (
@@ -123,7 +123,7 @@ def adapter_outputs(model: PeftModel, tokenizer: PreTrainedTokenizerBase, as_cla
     if not as_classifier:
         return probe_logits(model, tokenizer)
     batch = probe_batch(tokenizer)
-    return model(**batch, job=score_job(batch["attention_mask"], POLICY))
+    return model(**batch, hidden_state_fn=score_fn(batch["attention_mask"], POLICY))
 
 
 @torch.no_grad()
@@ -245,7 +245,7 @@ def main() -> None:
         say("note: the adapter was trained on the base in 4 bit; it is merged into the base in full precision")
     record = run_record("merged", base, args, adapter=adapter.path, adapter_stage=adapter.run.get("stage"))
     if args.as_classifier:
-        enable_jobs(base)
+        add_hidden_state_fn(base)
         add_score_head(base)
     model = attach_adapter(base, adapter, adapter.config).eval()
     expected = adapter_outputs(model, tokenizer, args.as_classifier)

@@ -35,7 +35,7 @@ from rewards.broken_replies import KINDS, TRAIN_WEIGHT, broken_pairs
 from rewards.reward_card import CARD_FILE, card_table, in_short, make_card, pair_measures, probe
 from rewards.reward_model import ensemble_score, member_folders, member_scores, new_reward_model
 from rollout.distribution import check_output_logits, default_sampling
-from rollout.sampler import sample_replies
+from rollout.sampler import generate_ids
 from runs.memory_plan import announce, reward_plan
 from runs.resume import check_same_run, identity, settle_date
 from runs.run_files import RunFiles, run_record
@@ -438,7 +438,7 @@ def sample_sft_responses(
     with use_adapter(model, "sft"):
         for start in range(0, len(queries), size):
             batch = queries[start : start + size]
-            responses += sample_replies(model, batch, range(start, start + len(batch)), sampling)
+            responses += generate_ids(model, batch, range(start, start + len(batch)), sampling)
     model.delete_adapter("sft")
     return [query + response for query, response in zip(queries, responses, strict=True)]
 

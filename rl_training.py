@@ -46,7 +46,7 @@ from rewards.guard import Guard, Limits
 from rewards.scores import ScoreRules, ScoreStatistics, read_statistics
 from rollout.distribution import Sampling, check_output_logits, first_token_ban
 from rollout.experience import OF_POLICY, Collector, Experience, describe, describe_all, warn_where_few_end
-from rollout.logprobs import reply_job
+from rollout.logprobs import logprobs_fn
 from rollout.model import assemble_ppo_model, start_critic
 from rollout.policy_files import PolicyFiles
 from rollout.sampler import seed_of
@@ -445,7 +445,9 @@ class PPOTrainer(ResumableTrainer):
         inputs = {"input_ids": experience.batch.input_ids, "attention_mask": experience.batch.attention_mask}
         has_critic = self.collector.has_critic
         with self.compute_loss_context_manager():
-            new = model(**inputs, job=reply_job(experience.batch, self.collector.sampling, not has_critic))
+            new = model(
+                **inputs, hidden_state_fn=logprobs_fn(experience.batch, self.collector.sampling, not has_critic)
+            )
             values = self.collector.critic_values(model, experience.batch) if has_critic else new.values
         policy = ppo.policy_loss(new.logprobs, experience.logprobs, advantages, mask, self.args.clip_range)
         value = ppo.value_loss(values, experience.values, returns, mask, self.args.value_clip_range)

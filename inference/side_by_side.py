@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 from rewards.reward_model import load_reward, reward_scores
 from rollout.batch import make_batch
 from rollout.distribution import Sampling, check_output_logits, default_sampling
-from rollout.sampler import sample_replies
+from rollout.sampler import generate_ids
 from utils.adapters import REWARD, SavedAdapter, attach_adapter, check_adapter, load_adapter, read_adapter, use_adapter
 from utils.arguments import DEFAULT_TEMPLATE, ModelArguments
 from utils.base_model import check_tokenizer, load_base, load_tokenizer
@@ -20,7 +20,7 @@ from utils.chat_template import check_reply_end, fix_date, reply_text, stop_toke
 from utils.console import InputError
 from utils.data import Message, check_template, encode_prompt
 from utils.hashing import hash64
-from utils.heads import add_score_head, enable_jobs
+from utils.heads import add_hidden_state_fn, add_score_head
 
 BARE_BASE = "base"  # what the base without an adapter is called
 
@@ -77,9 +77,9 @@ class ChatModels:
     def generate_ids(
         self, name: str, queries: Sequence[list[int]], seeds: Sequence[int], streamer: BaseStreamer | None = None
     ) -> list[list[int]]:
-        """Token ids of one response of the model `name` to each query, in one batch; see `sample_replies`."""
+        """Token ids of one response of the model `name` to each query, in one batch; see `generate_ids`."""
         with use_adapter(self.model, *self.adapters[name]):
-            return sample_replies(self.model, queries, seeds, self.samplings[name], streamer)
+            return generate_ids(self.model, queries, seeds, self.samplings[name], streamer)
 
     def generate(
         self, name: str, queries: Sequence[list[int]], seeds: Sequence[int], batch_size: int
@@ -163,7 +163,7 @@ def load_models(args: InferenceArguments) -> ChatModels:
     base = base.to(device)
 
     # ---- Adapters on the base ----
-    enable_jobs(base)
+    add_hidden_state_fn(base)
     if reward is not None:
         add_score_head(base)
     names = [f"adapter{number}" for number in range(len(adapters))]  # PEFT takes no dot in a name ("v1.5")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from utils.adapters import POLICY, REWARD, SavedAdapter, load_adapter, new_lora_config, read_adapter, use_adapter
 from utils.arguments import LoraArguments
-from utils.heads import add_score_head, enable_jobs, score_job
+from utils.heads import add_hidden_state_fn, add_score_head, score_fn
 
 MEMBER = "member"  # further adapters of a reward ensemble: member1, member2 ...
 
@@ -20,7 +20,7 @@ def new_reward_model(
     base: PreTrainedModel, lora: LoraArguments, seed: int, ensemble_size: int = 1
 ) -> tuple[PeftModel, list[str]]:
     """Base + new reward adapters with a score head each, the only trainable parts; and the names of the adapters."""
-    enable_jobs(base)
+    add_hidden_state_fn(base)
     members = [POLICY, *(f"{MEMBER}{number}" for number in range(1, ensemble_size))]
     config = new_lora_config(lora, base, "SEQ_CLS")
     configs = [copy.deepcopy(config) for _ in members]  # PEFT writes into the one that it gets
@@ -57,7 +57,9 @@ def member_scores(
             scores = []
             for rows in parts:
                 own = mask[rows, : int(lengths[rows].max())] if part_rows else mask[rows]
-                scores.append(model(input_ids=ids[rows, : own.shape[1]], attention_mask=own, job=score_job(own, name)))
+                scores.append(
+                    model(input_ids=ids[rows, : own.shape[1]], attention_mask=own, hidden_state_fn=score_fn(own, name))
+                )
             yield torch.cat(scores)[torch.cat(parts).argsort()]
 
 

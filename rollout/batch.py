@@ -32,7 +32,7 @@ class Batch(NamedTuple):
         return [ids[start : start + length] for ids, start, length in rows]
 
 
-class ReplyStatistics(NamedTuple):
+class TokenStatistics(NamedTuple):
     """What the policy says of each reply token.  0 on padding."""
 
     logprobs: Tensor  # float [B, T]

@@ -39,7 +39,7 @@ def cache_is_exact(model: PreTrainedModel | PeftModel) -> bool:
     short = rows[1:, :13]
 
     def states(ids: Tensor, mask: Tensor, **inputs: DynamicCache) -> Tensor:  # [R, L] -> [R, L, H]
-        return model(input_ids=ids, attention_mask=mask, job=lambda base, hidden: hidden.float(), **inputs)
+        return model(input_ids=ids, attention_mask=mask, hidden_state_fn=lambda base, hidden: hidden.float(), **inputs)
 
     expected = states(short, torch.ones_like(short))[0, 9:]
     cache, found = DynamicCache(config=model.config), []

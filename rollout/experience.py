@@ -21,8 +21,8 @@ from rewards.reward_model import reward_scores
 from rewards.scores import ScoreRules, normalize_scores
 from rollout.batch import Batch, make_batch
 from rollout.distribution import Sampling
-from rollout.logprobs import reply_job, value_job
-from rollout.sampler import Replies, draw_replies, seed_of
+from rollout.logprobs import logprobs_fn, values_fn
+from rollout.sampler import Generated, generate_responses, seed_of
 from utils import ppo
 from utils.adapters import CRITIC, REFERENCE, use_adapter
 from utils.batching import pass_limits, split_by_length
@@ -169,14 +169,14 @@ class Collector:
             width = part.response_mask.shape[1]
             inputs = {"input_ids": part.input_ids, "attention_mask": part.attention_mask}
             if not self.same_arithmetic:  # the update must start at a ratio of 1
-                policy = model(**inputs, job=reply_job(part, self.sampling, not self.has_critic))
+                policy = model(**inputs, hidden_state_fn=logprobs_fn(part, self.sampling, not self.has_critic))
                 logprobs[index, :width], entropy[index, :width] = policy.logprobs.float(), policy.entropy.float()
                 if not self.has_critic:
                     values[index, :width] = policy.values.float()
             if self.has_critic:
                 values[index, :width] = self.critic_values(model, part)
             with use_adapter(unwrapped, REFERENCE):
-                reference = model(**inputs, job=reply_job(part, self.sampling, with_values=False))
+                reference = model(**inputs, hidden_state_fn=logprobs_fn(part, self.sampling, with_values=False))
             ref_logprobs[index, :width] = reference.logprobs.float()
             scores[index] = reward_scores(model, inputs)
         logprobs[sampled_from_nothing] = torch.nan
@@ -192,9 +192,9 @@ class Collector:
             batch, list(zip(prompts, responses, faults, strict=True)), {**tokens, "scores": scores}, gold
         )
 
-    def generate(self, model: PeftModel, queries: Sequence[Sequence[int]], seeds: Sequence[int]) -> Replies:
+    def generate(self, model: PeftModel, queries: Sequence[Sequence[int]], seeds: Sequence[int]) -> Generated:
         """One response to each query, with what the policy said of it."""
-        return draw_replies(model, queries, seeds, self.sampling, with_values=not self.has_critic)
+        return generate_responses(model, queries, seeds, self.sampling, with_values=not self.has_critic)
 
     def gather(
         self, batch: Batch, texts: list[tuple[str, str, str | None]], parts: dict[str, Tensor], gold: Tensor | None
@@ -279,7 +279,9 @@ class Collector:
     def critic_values(self, model: nn.Module, batch: Batch) -> Tensor:
         """Values [B, T] from the critic's own adapter."""
         with use_adapter(self.accelerator.unwrap_model(model), CRITIC):
-            return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=value_job(batch))
+            return model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, hidden_state_fn=values_fn(batch)
+            )
 
 
 def response_ends(batch: Batch, stop_ids: Sequence[int]) -> Tensor:

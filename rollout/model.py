@@ -11,7 +11,7 @@ from rewards.reward_model import load_reward
 from utils.adapters import CRITIC, LORA, POLICY, REFERENCE, SavedAdapter, attach_adapter, is_of, layer_of, load_adapter
 from utils.base_model import disable_dropout, hidden_width
 from utils.console import InputError
-from utils.heads import add_score_head, enable_jobs
+from utils.heads import add_hidden_state_fn, add_score_head
 
 
 def assemble_ppo_model(
@@ -29,7 +29,7 @@ def assemble_ppo_model(
         raise InputError(
             f"{sft.path} has no LoRA weights, so PPO has nothing to train; give an SFT adapter that has some"
         )
-    enable_jobs(base)
+    add_hidden_state_fn(base)
     config = copy.deepcopy(sft.config)
     config.inference_mode = False  # what PEFT saves always says True, and then nothing would train
     config.lora_dropout = 0.0

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from rollout.batch import ReplyStatistics
+from rollout.batch import TokenStatistics
 from rollout.cache import new_cache
 from rollout.distribution import Sampling, entropies, output_logits, sampling_logits
 from utils.batching import pad_right
 from utils.console import RunError
-from utils.heads import Job, last_token_index, state_values
+from utils.heads import HiddenStateFn, last_token_index, state_values
 from utils.sharding import is_sharded
 
 
-class Drawn(NamedTuple):
+class NextToken(NamedTuple):
     """The next token of each of R replies, and what the model said of it."""
 
     tokens: Tensor  # int64 [R]
@@ -30,16 +30,16 @@ class Drawn(NamedTuple):
     values: Tensor | None  # float32 [R], of the state in front of the token
 
 
-def draw_job(
+def next_token_fn(
     uniforms: Tensor, mask: Tensor, seen: Tensor | None, first: bool, sampling: Sampling, with_values: bool
-) -> Job:
-    """Job that draws the next token of each row.
+) -> HiddenStateFn:
+    """Function that draws the next token of each row.
 
     uniforms: float64 [R], one number in [0, 1) a row picks its token from the cumulative distribution; mask: int64 [R, L] of
     the tokens in this pass; seen: as in `sampling_logits`; first: whether these are the first tokens of their replies.
     """
 
-    def job(base: PreTrainedModel, hidden: Tensor) -> Drawn:
+    def function(base: PreTrainedModel, hidden: Tensor) -> NextToken:
         states = hidden[torch.arange(len(hidden), device=hidden.device), last_token_index(mask)]  # [R, H]
         is_first = torch.full(states.shape[:1], first, device=states.device)
         logprobs = sampling_logits(output_logits(base, states), seen, is_first, sampling).log_softmax(-1)  # [R, V]
@@ -48,9 +48,9 @@ def draw_job(
         entropy = entropies(logprobs, probabilities)
         tokens[~entropy.isfinite()] = sampling.stop_token_ids[0]  # no distribution: the reply ends, its log-prob is NaN
         values = state_values(base, states) if with_values else None
-        return Drawn(tokens, logprobs.gather(1, tokens[:, None]).squeeze(1), entropy, values)
+        return NextToken(tokens, logprobs.gather(1, tokens[:, None]).squeeze(1), entropy, values)
 
-    return job
+    return function
 
 
 def inverse_cumulative(probabilities: Tensor, uniforms: Tensor, block: int = 256) -> Tensor:
@@ -93,22 +93,22 @@ def everyone_done(done: bool, device: torch.device) -> bool:
     return not open_processes
 
 
-class Replies(NamedTuple):
+class Generated(NamedTuple):
     """Sampled replies, each up to and with a stop token, or `max_new_tokens` long without one."""
 
     ids: list[list[int]]
-    statistics: "ReplyStatistics"  # [B, T] of the sampler's own forward passes, T = tokens of the longest reply
+    statistics: "TokenStatistics"  # [B, T] of the sampler's own forward passes, T = tokens of the longest reply
 
 
-def sample_replies(
+def generate_ids(
     model: PreTrainedModel | PeftModel,
     queries: Sequence[Sequence[int]],
     seeds: Sequence[int],
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
 ) -> list[list[int]]:
-    """Token ids of one reply for each query; see `draw_replies`.  Raises RunError where logits are NaN or infinite."""
-    replies = draw_replies(model, queries, seeds, sampling, streamer)
+    """Token ids of one reply for each query; see `generate_responses`.  Raises RunError where logits are NaN or infinite."""
+    replies = generate_responses(model, queries, seeds, sampling, streamer)
     broken = int((~replies.statistics.logprobs.isfinite().all(1)).sum())
     if broken:
         raise RunError(
@@ -119,15 +119,15 @@ def sample_replies(
 
 
 @torch.no_grad()
-def draw_replies(
+def generate_responses(
     model: PreTrainedModel | PeftModel,
     queries: Sequence[Sequence[int]],
     seeds: Sequence[int],
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
     with_values: bool = False,
-) -> Replies:
-    """One reply for each query, with what the policy said.  The base needs `enable_jobs`, and a value head for the values.
+) -> Generated:
+    """One reply for each query, with what the policy said.  The base needs `add_hidden_state_fn`, and for values a head.
 
     seeds: one number a query; the same query with the same seed gives the same reply in any batch and on any number of
     processes, up to the rounding of the forward pass.  A reply that has ended leaves the batch.  streamer: gets the prompt
@@ -155,9 +155,9 @@ def draw_replies(
     if streamer is not None:
         streamer.put(ids.cpu())
     for step in range(longest):
-        new = mask[:, -ids.shape[1] :]
-        job = draw_job(uniforms[rows, step], new, seen, step == 0, sampling, with_values)
-        drawn = model(input_ids=ids, attention_mask=mask, past_key_values=cache, job=job)
+        new_mask = mask[:, -ids.shape[1] :]
+        draw = next_token_fn(uniforms[rows, step], new_mask, seen, step == 0, sampling, with_values)
+        drawn = model(input_ids=ids, attention_mask=mask, past_key_values=cache, hidden_state_fn=draw)
         if not done:
             tokens[rows, step], logprobs[rows, step], entropy[rows, step] = drawn.tokens, drawn.logprobs, drawn.entropy
             if with_values:
@@ -189,8 +189,8 @@ def draw_replies(
         streamer.end()
     width = int(lengths.max())
     replies = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
-    statistics = ReplyStatistics(logprobs[:, :width], values[:, :width] if with_values else None, entropy[:, :width])
-    return Replies(replies, statistics)
+    statistics = TokenStatistics(logprobs[:, :width], values[:, :width] if with_values else None, entropy[:, :width])
+    return Generated(replies, statistics)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from utils.arguments import LoraArguments, ModelArguments
 from utils.base_model import base_config, hidden_width
 from utils.batching import part_size, pass_limits, sft_part_size
 from utils.console import InputError, one_line, say
-from utils.heads import enable_jobs
+from utils.heads import add_hidden_state_fn
 from utils.sharding import loading_whole
 
 FLOAT = 4  # bytes of float32, which adapters, heads, gradients and optimizer state are in
@@ -212,7 +212,7 @@ def dry_run(model: PeftModel, rows: int, length: int, args: TrainingArguments, t
             }
             with _Live([*model.parameters(), *model.buffers(), *inputs.values()]) as live:
                 with torch.autocast(device.type, half, enabled=bool(args.bf16 or args.fp16)):
-                    hidden = model(**inputs, job=lambda base, hidden: hidden)
+                    hidden = model(**inputs, hidden_state_fn=lambda base, hidden: hidden)
                 kept, forward = live.now, live.most
                 if training:
                     hidden.backward(torch.empty_like(hidden))
@@ -293,7 +293,7 @@ def sft_plan(
     What the parts keep adds up, and the loss needs more beside it for one part only.  An evaluation has a single part.
     """
     base, sizes = _empty(model_args, dtype)
-    enable_jobs(base)
+    add_hidden_state_fn(base)
     model = get_peft_model(base, new_lora_config(lora, base, "CAUSAL_LM"))
     rows = args.per_device_train_batch_size
     kinds = [("training", rows, min(rows, sft_part_size(rows, args.device)), True)]

@@ -10,9 +10,9 @@ from transformers import AutoModelForSequenceClassification
 
 from inference.side_by_side import prompt_seed
 from rollout.distribution import default_sampling
-from rollout.sampler import sample_replies
+from rollout.sampler import generate_ids
 from tests.conftest import make_tokenizer
-from tests.helpers import load_with_jobs, make_stages, save_lively_base, strengthen
+from tests.helpers import load_with_hidden_state_fn, make_stages, save_lively_base, strengthen
 from utils.base_model import base_fingerprint
 from utils.data import encode_prompt
 
@@ -31,7 +31,7 @@ class AdapterFolders(NamedTuple):
 
 def make_adapter_folders(folder: Path) -> AdapterFolders:
     stages = make_stages(save_lively_base(folder / "base"), folder)
-    policy = PeftModel.from_pretrained(load_with_jobs(stages.base), stages.sft)
+    policy = PeftModel.from_pretrained(load_with_hidden_state_fn(stages.base), stages.sft)
     strengthen(policy, seed=7)
     policy.save_pretrained(folder / "ppo")
     folders = AdapterFolders(stages.base, stages.sft, str(folder / "ppo"), stages.reward)
@@ -41,7 +41,11 @@ def make_adapter_folders(folder: Path) -> AdapterFolders:
 
 
 def write_run(path: str, base: str, template: str = TEMPLATE) -> None:
-    run = {"base_fingerprint": base_fingerprint(load_with_jobs(base)), "base_model": base, "prompt_template": template}
+    run = {
+        "base_fingerprint": base_fingerprint(load_with_hidden_state_fn(base)),
+        "base_model": base,
+        "prompt_template": template,
+    }
     Path(path, "run.json").write_text(json.dumps(run), encoding="utf-8")
 
 
@@ -49,14 +53,14 @@ def expected(
     folders: AdapterFolders, adapter: str | None, dialogue: list[str], number: int
 ) -> tuple[str, list[int], list[int]]:
     """Text, query and response of one model alone to question `number`; dialogue: questions and responses in turn."""
-    model = load_with_jobs(folders.base)
+    model = load_with_hidden_state_fn(folders.base)
     model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
     roles = ("user", "assistant")
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(dialogue)]
     tokenizer = make_tokenizer()
     query = encode_prompt(turns, TEMPLATE, tokenizer)
     seed = prompt_seed(0, f"{number} {dialogue[-1]}")
-    (response,) = sample_replies(model, [query], [seed], default_sampling(tokenizer, (2,), LENGTH))
+    (response,) = generate_ids(model, [query], [seed], default_sampling(tokenizer, (2,), LENGTH))
     return tokenizer.decode(response, skip_special_tokens=True), query, response
 
 

@@ -34,7 +34,7 @@ from tests.conftest import make_model, make_tokenizer
 from utils.adapters import read_adapter
 from utils.arguments import LoraArguments
 from utils.data import tokenize_prompts
-from utils.heads import enable_jobs
+from utils.heads import add_hidden_state_fn
 
 PROMPTS = ["你好", "a", "What is the capital of France?", "火锅", "dogs", "the cat sat on the mat", "tea", "apple soup"]
 PROMPTS += ["苹果 香蕉", "rice?", "in the park, didn't it?", "熊猫 很可爱"]
@@ -76,10 +76,10 @@ def load_plain(path: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False).eval()
 
 
-def load_with_jobs(path: str) -> PreTrainedModel:
+def load_with_hidden_state_fn(path: str) -> PreTrainedModel:
     """A plain base that the toolkit's sampler can run."""
     model = load_plain(path)
-    enable_jobs(model)
+    add_hidden_state_fn(model)
     return model
 
 

@@ -17,7 +17,7 @@ from rl_training import PPOTrainer, Targets
 from rollout import distribution
 from rollout.batch import make_batch
 from rollout.experience import Experience, describe
-from rollout.logprobs import reply_job
+from rollout.logprobs import logprobs_fn
 from rollout.model import assemble_ppo_model
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.helpers import (
@@ -38,7 +38,7 @@ from utils import batching, ppo
 from utils.adapters import REFERENCE, REWARD, read_adapter, use_adapter
 from utils.data import encode_response, tokenize_preferences, tokenize_prompts, tokenize_sft
 from utils.files import read_jsonl
-from utils.heads import load_value_head, score_job
+from utils.heads import load_value_head, score_fn
 
 PAD, EOS = 0, 2
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
@@ -197,7 +197,7 @@ def test_score_is_the_same_in_any_batch_and_padding(family: str, tmp_path: Path)
             for rows in (ROWS, ROWS[::-1], ROWS[:1]):
                 ids, mask = padded(rows, side, extra, pad)
                 with torch.no_grad(), use_adapter(model, REWARD):
-                    scores = model(input_ids=ids, attention_mask=mask, job=score_job(mask, REWARD))
+                    scores = model(input_ids=ids, attention_mask=mask, hidden_state_fn=score_fn(mask, REWARD))
                 expected = torch.stack([wanted[ROWS.index(row)] for row in rows])
                 torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
@@ -315,10 +315,10 @@ def test_a_saved_policy_and_value_head_give_the_same_outputs(stages: Stages, tmp
 
     again = stage_3_model(Stages(stages.base, str(saved), stages.reward))  # the next round of PPO goes on from here
     load_value_head(again.get_base_model(), str(saved))
-    job = reply_job(experience.batch, trainer.collector.sampling, with_values=True)
+    hidden_state_fn = logprobs_fn(experience.batch, trainer.collector.sampling, with_values=True)
     with torch.no_grad():
         inputs = {"input_ids": experience.batch.input_ids, "attention_mask": experience.batch.attention_mask}
-        values = again(**inputs, job=job).values
+        values = again(**inputs, hidden_state_fn=hidden_state_fn).values
     torch.testing.assert_close(values, experience.values, rtol=1e-5, atol=1e-5)
     assert values[mask].std() > 0.1
 

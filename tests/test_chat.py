@@ -22,11 +22,11 @@ import chat
 from inference import web_chat
 from inference.side_by_side import ChatModels
 from rollout.distribution import default_sampling
-from rollout.sampler import sample_replies
+from rollout.sampler import generate_ids
 from tests.adapter_folders import LENGTH, TEMPLATE, AdapterFolders, expected, make_adapter_folders, score_of
 from tests.conftest import make_tokenizer
 from tests.forks import start_command, wait_until
-from tests.helpers import load_with_jobs
+from tests.helpers import load_with_hidden_state_fn
 from utils.console import RunError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +155,7 @@ def test_help_and_mistakes_do_not_end_the_chat(terminal: Terminal) -> None:
 def session(folders: AdapterFolders, longest: int = 200) -> chat.Session:
     """A session with the bare base alone."""
     tokenizer = make_tokenizer()
-    model = PeftModel.from_pretrained(load_with_jobs(folders.base), folders.sft)
+    model = PeftModel.from_pretrained(load_with_hidden_state_fn(folders.base), folders.sft)
     sampling = default_sampling(tokenizer, (2,), LENGTH)
     return chat.Session(
         ChatModels(model, tokenizer, TEMPLATE, (2,), {"base": []}, {"base": sampling}, longest, seed=0), "base"
@@ -214,8 +214,8 @@ def test_tokens_are_streamed_one_by_one(folders: AdapterFolders) -> None:
 
     recorder = Recorder()
     sampling = default_sampling(make_tokenizer(), (2,), LENGTH)
-    model = load_with_jobs(folders.base)
-    (reply,) = sample_replies(model, [[5, 6, 7]], [0], sampling, recorder)
+    model = load_with_hidden_state_fn(folders.base)
+    (reply,) = generate_ids(model, [[5, 6, 7]], [0], sampling, recorder)
     assert reply[-1] == 2
     assert recorder.pieces == [[5, 6, 7], *([token] for token in reply[:-1])]
     assert recorder.ended

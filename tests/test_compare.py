@@ -25,10 +25,10 @@ from inference.side_by_side import (
 )
 from rewards.reward_card import wilson_interval
 from rollout.distribution import default_sampling
-from rollout.sampler import sample_replies
+from rollout.sampler import generate_ids
 from tests.adapter_folders import TEMPLATE, AdapterFolders, make_adapter_folders, write_run
 from tests.conftest import make_tokenizer, save_base, write_rows
-from tests.helpers import load_with_jobs, save_sft
+from tests.helpers import load_with_hidden_state_fn, save_sft
 from tests.pages import Page
 from utils.adapters import read_adapter
 from utils.console import InputError, run_script
@@ -68,9 +68,9 @@ def test_each_model_replies_as_it_does_alone(folders: AdapterFolders, outcome: t
     """Base and adapters loaded one at a time by plain PEFT give the replies that they gave side by side."""
     tokenizer = make_tokenizer()
     alone = {
-        "base": load_with_jobs(folders.base),
-        "SFT": PeftModel.from_pretrained(load_with_jobs(folders.base), folders.sft),
-        "v1.5 (16)": PeftModel.from_pretrained(load_with_jobs(folders.base), folders.ppo),
+        "base": load_with_hidden_state_fn(folders.base),
+        "SFT": PeftModel.from_pretrained(load_with_hidden_state_fn(folders.base), folders.sft),
+        "v1.5 (16)": PeftModel.from_pretrained(load_with_hidden_state_fn(folders.base), folders.ppo),
     }
     rows = outcome[1]
     assert [(row["prompt"], row["model"]) for row in rows] == [(p, name) for p in PROMPTS for name in alone]
@@ -78,7 +78,7 @@ def test_each_model_replies_as_it_does_alone(folders: AdapterFolders, outcome: t
         digest = hashlib.sha256(f"0 {row['prompt']}".encode()).hexdigest()
         query = encode_prompt(row["prompt"], TEMPLATE, tokenizer)
         sampling = default_sampling(tokenizer, (2,), 12)
-        (reply,) = sample_replies(alone[row["model"]], [query], [int(digest[:16], 16) // 2], sampling)
+        (reply,) = generate_ids(alone[row["model"]], [query], [int(digest[:16], 16) // 2], sampling)
         assert row["response"] == tokenizer.decode(reply, skip_special_tokens=True).strip()
         assert row["length"] == len(reply)
     assert len({row["response"] for row in rows if row["prompt"] == "dogs"}) == 3, (
@@ -138,7 +138,7 @@ def test_temperature_0_takes_the_likeliest_token(folders: AdapterFolders, tmp_pa
     rows = run_compare(monkeypatch, folders, tmp_path / "out", *words, "1")
     assert run_compare(monkeypatch, folders, tmp_path / "again", *words, "2") == rows
     tokenizer = make_tokenizer()
-    model = PeftModel.from_pretrained(load_with_jobs(folders.base), folders.sft)
+    model = PeftModel.from_pretrained(load_with_hidden_state_fn(folders.base), folders.sft)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     greedy = GenerationConfig(
         max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=pad, begin_suppress_tokens=[eos, pad]
@@ -159,8 +159,8 @@ def test_score_is_the_reward_models(folders: AdapterFolders, outcome: tuple[Path
     row = next(row for row in outcome[1] if row["model"] == "SFT" and 1 < row["length"] < 12)  # it ended with EOS
     query = encode_prompt(row["prompt"], TEMPLATE, tokenizer)
     seed = prompt_seed(0, row["prompt"])
-    sft = PeftModel.from_pretrained(load_with_jobs(folders.base), folders.sft)
-    (reply,) = sample_replies(sft, [query], [seed], default_sampling(tokenizer, (2,), 12))
+    sft = PeftModel.from_pretrained(load_with_hidden_state_fn(folders.base), folders.sft)
+    (reply,) = generate_ids(sft, [query], [seed], default_sampling(tokenizer, (2,), 12))
     with torch.no_grad():
         expected = float(judge(input_ids=torch.tensor([[*query, *reply]])).logits)
     assert row["score"] == pytest.approx(expected, abs=1e-4)

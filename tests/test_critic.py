@@ -22,7 +22,7 @@ from tests.helpers import (
 )
 from utils.adapters import POLICY, REWARD, attach_adapter, read_adapter
 from utils.files import read_jsonl
-from utils.heads import add_score_head, enable_jobs, score_job
+from utils.heads import add_hidden_state_fn, add_score_head, score_fn
 
 
 def tensors(trainer: rl_training.PPOTrainer) -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ def test_values_start_as_the_normalised_score_of_the_reply_so_far(stages: Stages
         values = trainer.collector.critic_values(trainer.model, batch)
 
     model = load_plain(stages.base)
-    enable_jobs(model)
+    add_hidden_state_fn(model)
     add_score_head(model)
     saved = read_adapter(stages.reward, "--reward")
     model = attach_adapter(model, saved, saved.config).eval()
@@ -47,7 +47,7 @@ def test_values_start_as_the_normalised_score_of_the_reply_so_far(stages: Stages
             prefix = torch.tensor([[*query, *reply[:t]]])
             mask = torch.ones_like(prefix)
             with torch.no_grad():
-                score = model(input_ids=prefix, attention_mask=mask, job=score_job(mask, POLICY))
+                score = model(input_ids=prefix, attention_mask=mask, hidden_state_fn=score_fn(mask, POLICY))
             assert float(values[row, t]) == pytest.approx((float(score) - 0.5) / 2.0, abs=1e-4)
         assert not values[row, len(reply) :].any()
 

@@ -25,9 +25,9 @@ import rl_training
 import sft_training
 from rollout.batch import Batch, make_batch
 from rollout.distribution import Sampling
-from rollout.logprobs import reply_job
+from rollout.logprobs import logprobs_fn
 from rollout.model import assemble_ppo_model
-from rollout.sampler import draw_replies
+from rollout.sampler import generate_responses
 from tests.conftest import FAMILIES, make_model, make_tokenizer, save_base, write_rows
 from tests.helpers import Stages, independent_logprobs, load_plain, make_stages, run_main, strengthen
 from tests.tiny import tiny_model
@@ -36,7 +36,7 @@ from utils.arguments import LoraArguments, ModelArguments
 from utils.base_model import check_causal, check_tokenizer, load_base, position_limit, text_decoder
 from utils.console import InputError
 from utils.files import read_jsonl
-from utils.heads import enable_jobs, load_value_head, score_job
+from utils.heads import add_hidden_state_fn, load_value_head, score_fn
 
 QUERIES = [[5, 9, 33, 7], [41], [100, 60, 61, 62, 63, 64, 65]]
 RESPONSES = [[12, 300, 2], [90, 91, 92, 93, 94, 95, 2], [17]]  # the last one was cut: it has no EOS
@@ -140,7 +140,7 @@ def logits_of(model: torch.nn.Module) -> list[Tensor]:
 @torch.no_grad()
 def scores_of(model: PeftModel, ids: Tensor, mask: Tensor, adapter: str = REWARD) -> Tensor:
     with use_adapter(model, adapter):
-        return model(input_ids=ids, attention_mask=mask, job=score_job(mask, adapter))
+        return model(input_ids=ids, attention_mask=mask, hidden_state_fn=score_fn(mask, adapter))
 
 
 def single_scores(model: PeftModel, adapter: str = REWARD) -> Tensor:
@@ -265,8 +265,8 @@ def test_score_does_not_depend_on_padding_or_batch(side, extra, pad_id, pipeline
 
 @torch.no_grad()
 def reply_statistics(model: PeftModel, batch: Batch, sampling: Sampling):
-    job = reply_job(batch, sampling, with_values=True)
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=job)
+    hidden_state_fn = logprobs_fn(batch, sampling, with_values=True)
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, hidden_state_fn=hidden_state_fn)
 
 
 def test_log_probs_are_those_of_the_models_own_forward(pipeline):
@@ -307,7 +307,7 @@ UNLIKE += ("opt", "llama4_text", "granitemoe")
 def unlike() -> dict[str, PreTrainedModel]:
     models = {family: tiny_model(family) for family in UNLIKE}
     for model in models.values():
-        enable_jobs(model)
+        add_hidden_state_fn(model)
     return models
 
 
@@ -320,7 +320,7 @@ def test_replies_of_any_family_are_those_of_one_row_at_a_time(family, unlike):
     """
     model, sampling = unlike[family], Sampling(2, 0, 12, begin_suppress_tokens=(0, 2))
     queries = QUERIES * 4
-    replies = draw_replies(model, queries, range(12), sampling)
+    replies = generate_responses(model, queries, range(12), sampling)
     lengths = {len(reply) for reply in replies.ids}
     assert len(lengths) > 1
     for row, (query, reply) in enumerate(zip(queries, replies.ids, strict=True)):

@@ -24,7 +24,7 @@ from inference.side_by_side import ChatModels, InferenceArguments, load_models
 from rewards.reward_model import member_scores, new_reward_model, reward_scores
 from rollout.batch import make_batch
 from rollout.distribution import output_logits
-from rollout.logprobs import reply_job
+from rollout.logprobs import logprobs_fn
 from rollout.model import assemble_ppo_model
 from runs.memory_plan import empty_base, tensor_bytes
 from tests.conftest import make_tokenizer
@@ -157,7 +157,9 @@ def side_by_side(base: str, *adapters: str) -> ChatModels:
 def job_logits(model: PeftModel) -> Tensor:
     """Logits as sampler and log-probs compute them."""
     mask = torch.ones_like(IDS)
-    return model(input_ids=IDS, attention_mask=mask, job=lambda base, hidden: output_logits(base, hidden[0]))[None]
+    return model(
+        input_ids=IDS, attention_mask=mask, hidden_state_fn=lambda base, hidden: output_logits(base, hidden[0])
+    )[None]
 
 
 # ---------------------------------------------------------------- side by side
@@ -316,8 +318,8 @@ def test_ppo_moves_the_policy_alone_and_saves_all_of_it(kind, bases, reward, fol
     reply, (query,) = [7, 41, 2], queries_of(trainer, 1)
     batch = make_batch([query], [reply], 0)
     with torch.no_grad(), use_adapter(model, REFERENCE):
-        job = reply_job(batch, trainer.collector.sampling, with_values=False)
-        found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=job)
+        hidden_state_fn = logprobs_fn(batch, trainer.collector.sampling, with_values=False)
+        found = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, hidden_state_fn=hidden_state_fn)
     plain = PeftModel.from_pretrained(load_plain(base), sft).eval()
     assert_close(
         found.logprobs[0], independent_logprobs(plain, query, reply, trainer.collector.sampling), rtol=0, atol=1e-5

@@ -33,7 +33,7 @@ from utils.arguments import ModelArguments
 from utils.base_model import base_fingerprint, load_base, same_base
 from utils.console import InputError
 from utils.files import read_jsonl
-from utils.heads import add_score_head, enable_jobs, load_value_head, score_job
+from utils.heads import add_hidden_state_fn, add_score_head, load_value_head, score_fn
 
 
 def load_4bit(path):
@@ -221,13 +221,13 @@ def test_the_three_stages_as_commands(lively, data, tmp_path, monkeypatch, capsy
 def test_a_reloaded_score_head_gives_the_same_scores(lively):
     def scores():
         base = load_4bit(lively.base)
-        enable_jobs(base)
+        add_hidden_state_fn(base)
         add_score_head(base)
         adapter = read_adapter(lively.reward, "--reward_model_lora_path")
         model = attach_adapter(base, adapter, adapter.config).eval()
         batch = make_tokenizer()(["What is tea?", "你好"], padding=True, return_tensors="pt")
         with torch.no_grad():
-            return model(**batch, job=score_job(batch["attention_mask"], "default"))
+            return model(**batch, hidden_state_fn=score_fn(batch["attention_mask"], "default"))
 
     first = scores()
     assert first.std() > 0

@@ -132,7 +132,7 @@ def test_activations_are_the_storages_that_autograd_really_keeps(stages, half):
 
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
     with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = model(**inputs, job=lambda base, hidden: hidden)
+        hidden = model(**inputs, hidden_state_fn=lambda base, hidden: hidden)
     kept.setdefault(hidden.untyped_storage().data_ptr(), (hidden.untyped_storage().nbytes(), hidden))
     counted = sum(size for size, _ in kept.values())
     assert passes.kept == pytest.approx(counted, rel=0.03)

@@ -19,12 +19,12 @@ from rewards.reward_model import new_reward_model
 from rollout.model import assemble_ppo_model
 from tests.conftest import make_model, make_tokenizer, save_base
 from tests.forks import run_command
-from tests.helpers import Stages, load_plain, load_with_jobs, make_stages, own_lines, strengthen
+from tests.helpers import Stages, load_plain, load_with_hidden_state_fn, make_stages, own_lines, strengthen
 from utils.adapters import REWARD, read_adapter
 from utils.arguments import LoraArguments, ModelArguments
 from utils.base_model import base_fingerprint, load_base
 from utils.console import InputError, run_script
-from utils.heads import add_score_head, score_job
+from utils.heads import add_score_head, score_fn
 
 CAUSAL_FILES = {
     "config.json",
@@ -92,7 +92,7 @@ def toolkit_scores(stages: Stages) -> torch.Tensor:
     with torch.no_grad():
         return torch.cat(
             [
-                model(input_ids=torch.tensor([row]), attention_mask=mask, job=score_job(mask, REWARD))
+                model(input_ids=torch.tensor([row]), attention_mask=mask, hidden_state_fn=score_fn(mask, REWARD))
                 for row, mask in zip(reward_rows(), masks, strict=True)
             ]
         )
@@ -292,7 +292,9 @@ def test_folder_and_float_type_do_not_change_the_fingerprint(stages, tmp_path):
 def test_adapters_and_heads_do_not_change_the_fingerprint(stages):
     base = load_plain(stages.base)
     first = base_fingerprint(base)
-    model, _ = new_reward_model(load_with_jobs(stages.base), LoraArguments(lora_target_modules="all-linear"), seed=0)
+    model, _ = new_reward_model(
+        load_with_hidden_state_fn(stages.base), LoraArguments(lora_target_modules="all-linear"), seed=0
+    )
     assert base_fingerprint(model.get_base_model()) == first
 
 

@@ -18,13 +18,13 @@ import reward_modeling
 import rl_training
 import sft_training
 from rl_training import Losses, MicroBatchLoss, PPOTrainer
-from rollout.sampler import draw_replies, sample_replies
+from rollout.sampler import generate_ids, generate_responses
 from tests.conftest import make_tokenizer, write_rows
 from tests.forks import run_jobs, run_two
 from tests.helpers import (
     PROMPTS,
     Stages,
-    load_with_jobs,
+    load_with_hidden_state_fn,
     make_ppo_trainer,
     make_sampling,
     queries_of,
@@ -160,11 +160,11 @@ def test_the_sampler_names_the_broken_rows_and_leaves_the_others(stages: Stages,
     trainer = make_ppo_trainer(stages, tmp_path)
     queries = queries_of(trainer, len(PROMPTS))
     sampling = make_sampling(trainer.args)
-    wanted = sample_replies(load_with_jobs(stages.base), queries, range(len(queries)), sampling)
-    model = load_with_jobs(poisoned)
+    wanted = generate_ids(load_with_hidden_state_fn(stages.base), queries, range(len(queries)), sampling)
+    model = load_with_hidden_state_fn(poisoned)
     with pytest.raises(RunError, match="NaN or infinity in the model's logits for 1 of 12 prompts"):
-        sample_replies(model, queries, range(len(queries)), sampling)
-    drawn = draw_replies(model, queries, range(len(queries)), sampling)
+        generate_ids(model, queries, range(len(queries)), sampling)
+    drawn = generate_responses(model, queries, range(len(queries)), sampling)
     broken = [POISON in prompt for prompt in PROMPTS]
     assert (~drawn.statistics.logprobs.isfinite().all(1)).tolist() == broken
     whole = [number for number, is_broken in enumerate(broken) if not is_broken]

@@ -26,15 +26,15 @@ from rewards.broken_replies import KINDS
 from rewards.reward_model import ensemble_score, member_folders, member_scores, new_reward_model, reward_scores
 from rollout.distribution import default_sampling
 from rollout.model import assemble_ppo_model
-from rollout.sampler import sample_replies
+from rollout.sampler import generate_ids
 from tests.conftest import make_tokenizer, write_rows
-from tests.helpers import load_plain, load_with_jobs, make_stages, run_main, save_lively_base, save_sft
+from tests.helpers import load_plain, load_with_hidden_state_fn, make_stages, run_main, save_lively_base, save_sft
 from utils.adapters import POLICY, attach_adapter, read_adapter
 from utils.arguments import LoraArguments
 from utils.batching import pad_right
 from utils.console import InputError
 from utils.data import Preferences, tokenize_preferences
-from utils.heads import add_score_head, enable_jobs, score_job
+from utils.heads import add_hidden_state_fn, add_score_head, score_fn
 
 WORDS = ["tea", "coffee", "soup", "bread", "rice", "cats", "dogs", "fish", "trees", "cars", "books", "songs"]
 ASKED = ["What about {}?", "Tell me of {}.", "Do you know {}?"]
@@ -227,9 +227,12 @@ def test_sft_responses_are_the_sft_adapters_own(base: str, tmp_path: Path) -> No
     probes = [{"chosen_ids": [*query, 5], "query_length": len(query)} for query in queries]
     data = RewardDataArguments(dataset="unused", probe_prompts=3, output_max_length=12, max_length=64)
     found = reward_modeling.sample_sft_responses(trainer, read_adapter(sft, "--sft"), probes, data, (2, 41))
-    alone, sampling = PeftModel.from_pretrained(load_with_jobs(base), sft), default_sampling(tokenizer, (2, 41), 12)
+    alone, sampling = (
+        PeftModel.from_pretrained(load_with_hidden_state_fn(base), sft),
+        default_sampling(tokenizer, (2, 41), 12),
+    )
     for seed, query in enumerate(sorted(queries)):
-        assert found[seed] == query + sample_replies(alone, [query], [seed], sampling)[0]
+        assert found[seed] == query + generate_ids(alone, [query], [seed], sampling)[0]
     assert len(found) == 3
 
 
@@ -237,7 +240,7 @@ def test_rows_in_parts_have_the_same_scores(base: str, train) -> None:
     """In parts, the shortest rows first, and the order is restored; values and gradients stay what they were."""
     folder = str(train("reward"))
     model = load_plain(base)
-    enable_jobs(model)
+    add_hidden_state_fn(model)
     add_score_head(model)
     saved = read_adapter(folder, "--adapter")
     model = attach_adapter(model, saved, saved.config).eval()
@@ -251,7 +254,7 @@ def test_rows_in_parts_have_the_same_scores(base: str, train) -> None:
             model(
                 input_ids=(row := torch.tensor([s])),
                 attention_mask=torch.ones_like(row),
-                job=score_job(torch.ones_like(row), POLICY),
+                hidden_state_fn=score_fn(torch.ones_like(row), POLICY),
             )
             for s in sequences
         ]
@@ -282,12 +285,12 @@ def test_an_ensemble_is_trained_saved_and_used_in_stage_3(train, base: str, tmp_
 
     def scores_of(path: str) -> Tensor:
         model = load_plain(base)
-        enable_jobs(model)
+        add_hidden_state_fn(model)
         add_score_head(model)
         saved = read_adapter(path, "--adapter")
         model = attach_adapter(model, saved, saved.config).eval()
         with torch.no_grad():
-            return model(input_ids=ids, attention_mask=mask, job=score_job(mask, POLICY))
+            return model(input_ids=ids, attention_mask=mask, hidden_state_fn=score_fn(mask, POLICY))
 
     members = torch.stack([scores_of(path) for path in folders])
     assert members.std(0).min() > 1e-3

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from rl_training import Targets
 from rollout import distribution, sampler
-from rollout.batch import Batch, ReplyStatistics, make_batch
+from rollout.batch import Batch, TokenStatistics, make_batch
 from rollout.cache import new_cache
 from rollout.distribution import Sampling
 from rollout.experience import describe
-from rollout.logprobs import reply_job
-from rollout.sampler import draw_replies, sample_replies
+from rollout.logprobs import logprobs_fn
+from rollout.sampler import generate_ids, generate_responses
 from tests.conftest import FAMILIES, make_model
 from tests.helpers import (
     Stages,
@@ -37,7 +37,7 @@ from tests.helpers import (
 from utils.adapters import REFERENCE, use_adapter
 from utils.batching import pass_limits, split_by_length
 from utils.console import InputError
-from utils.heads import enable_jobs
+from utils.heads import add_hidden_state_fn
 
 PAD, EOS = 0, 2
 QUERIES = [[5, 9, 9, 30, 7, 5, 11, 260, 31], [40, 41], [PAD, 6, EOS, 6], [17] * 6]  # a pad and an EOS that are meant
@@ -46,9 +46,9 @@ PLAIN = Sampling(stop_token_ids=(EOS,), pad_token_id=PAD, max_new_tokens=12)
 SHAPED = replace(PLAIN, temperature=0.7, repetition_penalty=1.3, begin_suppress_tokens=(PAD, EOS))
 
 
-def statistics(model: PreTrainedModel, batch: Batch, sampling: Sampling, values: bool = False) -> ReplyStatistics:
-    job = reply_job(batch, sampling, with_values=values)
-    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=job)
+def statistics(model: PreTrainedModel, batch: Batch, sampling: Sampling, values: bool = False) -> TokenStatistics:
+    hidden_state_fn = logprobs_fn(batch, sampling, with_values=values)
+    return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, hidden_state_fn=hidden_state_fn)
 
 
 def chi_square_tail(counts: Tensor, probabilities: Tensor) -> float:
@@ -88,7 +88,7 @@ def test_logprobs_are_those_of_transformers_own_processors(family: str, sampling
     distributions = [
         independent_logits(model, *row, sampling).softmax(-1) for row in zip(QUERIES, RESPONSES, strict=True)
     ]
-    enable_jobs(model)
+    add_hidden_state_fn(model)
     with torch.no_grad():
         ours = statistics(model, make_batch(QUERIES, RESPONSES, PAD), sampling)
     for row, (logprobs, probabilities) in enumerate(zip(wanted, distributions, strict=True)):
@@ -110,9 +110,9 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_logprobs_claim(samplin
     """
     model = make_model("llama", vocabulary=96)
     model.get_output_embeddings().weight.data *= 2
-    enable_jobs(model)
+    add_hidden_state_fn(model)
     query, count = [5, 9, 9, 30], 6000
-    replies = sample_replies(model, [query] * count, range(count), replace(sampling, max_new_tokens=2))
+    replies = generate_ids(model, [query] * count, range(count), replace(sampling, max_new_tokens=2))
 
     first = independent_logits(model, query, [0], sampling).softmax(-1)[0]  # [V]
     seen_first = torch.tensor([reply[0] for reply in replies]).bincount(minlength=96)
@@ -185,12 +185,12 @@ def test_a_reply_does_not_depend_on_its_batch(family: str) -> None:
     Rule 8 and the resume of rule 7 stand on this.
     """
     model = lively(make_model(family))
-    enable_jobs(model)
+    add_hidden_state_fn(model)
     sampling = replace(SHAPED, max_new_tokens=8, temperature=1.5)
-    together = sample_replies(model, QUERIES, [3, 4, 5, 6], sampling)
+    together = generate_ids(model, QUERIES, [3, 4, 5, 6], sampling)
     for query, seed, reply in zip(QUERIES, [3, 4, 5, 6], together, strict=True):
-        assert sample_replies(model, [query], [seed], sampling) == [reply]
-    assert len({tuple(*sample_replies(model, QUERIES[1:2], [seed], sampling)) for seed in range(9)}) > 5
+        assert generate_ids(model, [query], [seed], sampling) == [reply]
+    assert len({tuple(*generate_ids(model, QUERIES[1:2], [seed], sampling)) for seed in range(9)}) > 5
     with torch.no_grad():
         batch = statistics(model, make_batch(QUERIES, together, PAD), sampling)
         for row, (query, reply) in enumerate(zip(QUERIES, together, strict=True)):
@@ -199,14 +199,14 @@ def test_a_reply_does_not_depend_on_its_batch(family: str) -> None:
 
 
 def test_what_was_sampled_has_the_logprobs_of_its_own_draw() -> None:
-    """The draw inside generate() and reply_job() have to agree on which tokens were seen, and when.
+    """The draw inside generate() and logprobs_fn() have to agree on which tokens were seen, and when.
 
     One uniform number picks each token: it has to lie in that token's part of the cumulative distribution.
     """
     model = lively(make_model("llama"))
-    enable_jobs(model)
+    add_hidden_state_fn(model)
     seeds = [8, 9, 10, 11]
-    replies = sample_replies(model, QUERIES, seeds, SHAPED)
+    replies = generate_ids(model, QUERIES, seeds, SHAPED)
     uniforms = sampler.uniform_streams(seeds, SHAPED.max_new_tokens)
     for query, reply, stream in zip(QUERIES, replies, uniforms, strict=True):
         cumulative = independent_logits(model, query, reply, SHAPED).double().softmax(-1).cumsum(-1)  # [T, V]
@@ -282,7 +282,9 @@ def test_no_tensor_of_batch_by_length_by_vocabulary(
     trainer = make_ppo_trainer(stages, tmp_path, batch_size=count, mini_batch_size=count, ppo_epochs=1)
     trainer.create_optimizer_and_scheduler(1)
     queries = queries_of(trainer, count)
-    replies = draw_replies(trainer.model, queries, list(range(count)), trainer.collector.sampling, with_values=True)
+    replies = generate_responses(
+        trainer.model, queries, list(range(count)), trainer.collector.sampling, with_values=True
+    )
     monkeypatch.setattr(trainer.collector, "generate", lambda *_: replies)
     with _Shapes() as seen:
         experience = collect(trainer, count)
@@ -297,7 +299,7 @@ def test_no_tensor_of_batch_by_length_by_vocabulary(
     assert max(torch.Size(shape).numel() for shape in seen.shapes) < count * length * vocabulary
 
     with _Shapes() as seen:  # the sampler looks at the last position of each row
-        sample_replies(trainer.model, queries, list(range(count)), trainer.collector.sampling)
+        generate_ids(trainer.model, queries, list(range(count)), trainer.collector.sampling)
     assert seen.as_wide_as(vocabulary, hidden) == count
 
 
@@ -340,7 +342,7 @@ def test_a_tile_whose_tokens_are_all_suppressed(monkeypatch: pytest.MonkeyPatch)
     sampling = replace(PLAIN, begin_suppress_tokens=(0, 1, 2))  # the first tile
     model = lively(make_model("llama"))
     wanted = [independent_logprobs(model, *row, sampling) for row in zip(QUERIES, RESPONSES, strict=True)]
-    enable_jobs(model)
+    add_hidden_state_fn(model)
     model.requires_grad_(False)
     ours = statistics(model, make_batch(QUERIES, RESPONSES, PAD), sampling)
     for row, logprobs in enumerate(wanted):
@@ -383,10 +385,10 @@ def test_chunks_change_neither_values_nor_gradients(
     assert gradients["model.layers.0.mlp.up_proj.weight"].abs().max() > 0.1
     model.zero_grad()
     model.lm_head.weight.requires_grad_(not frozen)
-    enable_jobs(model)
+    add_hidden_state_fn(model)
     batch = make_batch(QUERIES, RESPONSES, PAD)
-    job = reply_job(batch, sampling, with_values=False)
-    ours = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, job=job)
+    hidden_state_fn = logprobs_fn(batch, sampling, with_values=False)
+    ours = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, hidden_state_fn=hidden_state_fn)
     torch.testing.assert_close(ours.logprobs, wanted, rtol=1e-5, atol=1e-5)
     (weights * ours.logprobs).sum().backward()
     for name, parameter in model.named_parameters():
@@ -399,12 +401,12 @@ def test_the_sampler_says_what_a_second_look_says(family: str) -> None:
     """PPO takes log-probs and values from the sampler's own forward passes, with left padding, a cache, and replies that
     leave the batch: they have to be those of the update's pass over whole rows."""
     model = lively(make_model(family))
-    enable_jobs(model)
+    add_hidden_state_fn(model)
     model.v_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
     sampling = replace(SHAPED, max_new_tokens=10, temperature=1.5)
-    some_token = sample_replies(model, QUERIES, [3, 4, 5, 9], sampling)[0][2]
+    some_token = generate_ids(model, QUERIES, [3, 4, 5, 9], sampling)[0][2]
     sampling = replace(sampling, stop_token_ids=(some_token,))  # so that at least the first reply ends early
-    drawn = draw_replies(model, QUERIES, [3, 4, 5, 9], sampling, with_values=True)
+    drawn = generate_responses(model, QUERIES, [3, 4, 5, 9], sampling, with_values=True)
     assert len(set(map(len, drawn.ids))) > 1  # some end before others
     with torch.no_grad():
         again = statistics(model, make_batch(QUERIES, drawn.ids, PAD), sampling, values=True)
@@ -415,11 +417,11 @@ def test_the_sampler_says_what_a_second_look_says(family: str) -> None:
 def test_a_reply_that_has_ended_leaves_the_batch() -> None:
     """The sampler went on with finished replies until the longest one was done."""
     model = lively(make_model("llama"))
-    enable_jobs(model)
+    add_hidden_state_fn(model)
     new_cache(model)  # which tries the family once
     tokens = []
     model.model.layers[0].register_forward_pre_hook(lambda layer, inputs: tokens.append(inputs[0].shape[:2].numel()))
-    replies = sample_replies(model, QUERIES * 4, range(16), PLAIN)
+    replies = generate_ids(model, QUERIES * 4, range(16), PLAIN)
     lengths = [len(reply) for reply in replies]
     assert min(lengths) < max(lengths)
     assert sum(tokens) == 16 * max(map(len, QUERIES)) + sum(lengths) - 16  # the last token of a reply goes nowhere
@@ -454,9 +456,9 @@ def test_adding_padding_columns_changes_nothing(stages: Stages, tmp_path: Path) 
 
     for with_values in (False, True):
         inputs = {"input_ids": padded.batch.input_ids, "attention_mask": padded.batch.attention_mask}
-        job = reply_job(padded.batch, trainer.collector.sampling, with_values=with_values)
+        hidden_state_fn = logprobs_fn(padded.batch, trainer.collector.sampling, with_values=with_values)
         with torch.no_grad():
-            ours = trainer.model(**inputs, job=job)
+            ours = trainer.model(**inputs, hidden_state_fn=hidden_state_fn)
         torch.testing.assert_close(ours.logprobs[:, :-5], experience.logprobs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours.entropy[:, :-5], experience.entropy, rtol=1e-5, atol=1e-5)
         if with_values:
@@ -466,7 +468,7 @@ def test_adding_padding_columns_changes_nothing(stages: Stages, tmp_path: Path) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_known_families_pass_the_check(family: str) -> None:
     base = make_model(family)
-    enable_jobs(base)
+    add_hidden_state_fn(base)
     distribution.check_output_logits(
         get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     )
@@ -483,7 +485,7 @@ def test_an_unknown_soft_cap_is_refused() -> None:
         return output
 
     base.forward = capped
-    enable_jobs(base)
+    add_hidden_state_fn(base)
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     with pytest.raises(InputError, match="changes its logits"):
         distribution.check_output_logits(model)

@@ -24,11 +24,11 @@ from rewards.broken_replies import KINDS, broken_pairs
 from rollout.batch import make_batch
 from rollout.distribution import default_sampling, first_token_ban
 from rollout.experience import describe
-from rollout.sampler import sample_replies
+from rollout.sampler import generate_ids
 from tests.conftest import make_model, make_tokenizer, write_rows
 from tests.helpers import (
     Stages,
-    load_with_jobs,
+    load_with_hidden_state_fn,
     make_experience,
     make_ppo_trainer,
     make_stages,
@@ -260,7 +260,9 @@ def test_a_plain_template_stops_at_the_ids_of_generation_config(tmp_path: Path) 
     end = end_of("gemma", family_tokenizer("gemma"))
     assert stop_ids == (EOS, end)
     sampling = default_sampling(family_tokenizer("gemma"), stop_ids, 20)
-    replies = sample_replies(load_with_jobs(base), [[5, 9, token] for token in range(40, 80)], range(40), sampling)
+    replies = generate_ids(
+        load_with_hidden_state_fn(base), [[5, 9, token] for token in range(40, 80)], range(40), sampling
+    )
     assert {reply[-1] for reply in replies} >= {EOS, end}
     assert not any({EOS, end} & set(reply[:-1]) for reply in replies)
 

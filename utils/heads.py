@@ -1,6 +1,6 @@
 """Score head and value head: linear layers on the decoder's last hidden states.
 
-Everything that reads hidden states runs inside the model's own forward() (see `enable_jobs`), because DDP, FSDP and
+Everything that reads hidden states runs inside the model's own forward() (see `add_hidden_state_fn`), because DDP, FSDP and
 DeepSpeed only take care of parameters that are used there.
 """
 
@@ -23,14 +23,14 @@ from utils.sharding import fill_parameters, is_sharded
 VALUE_HEAD_FILE = "value_head.safetensors"
 
 
-Job = Callable[[PreTrainedModel, Tensor], Any]  # (base, last hidden states [B, L, H]) -> tensors
+HiddenStateFn = Callable[[PreTrainedModel, Tensor], Any]  # (base, last hidden states [B, L, H]) -> tensors
 
 
-def enable_jobs(base: PreTrainedModel) -> None:
-    """Teach forward() one more argument: `job`, called with the base and the last hidden states instead of the LM head.
+def add_hidden_state_fn(base: PreTrainedModel) -> None:
+    """Teach forward() one more argument: `hidden_state_fn`, called with base and last hidden states instead of the LM head.
 
-    attention_mask is always given; with past_key_values it covers the cached tokens too.  Without `job`, forward() is what
-    it was, so generate() and everything else still work.  Has to be called before PEFT wraps the base.
+    attention_mask is always given; with past_key_values it covers the cached tokens too.  Without `hidden_state_fn`,
+    forward() is what it was, so generate() and everything else still work.  Call it before PEFT wraps the base.
     """
     plain_forward = base.forward
     takes = inspect.signature(type(text_decoder(base)).forward).parameters
@@ -38,8 +38,8 @@ def enable_jobs(base: PreTrainedModel) -> None:
     is_mamba = "cache_params" in takes  # its word for a cache, beside which it wants the mask of the new tokens alone
 
     @functools.wraps(type(base).forward)  # generate() checks its arguments against this signature
-    def forward(self: PreTrainedModel, *args: Any, job: Job | None = None, **inputs: Any) -> Any:
-        if job is None:
+    def forward(self: PreTrainedModel, *args: Any, hidden_state_fn: HiddenStateFn | None = None, **inputs: Any) -> Any:
+        if hidden_state_fn is None:
             return plain_forward(*args, **inputs)
         ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], inputs.get("past_key_values")
         extra = {} if cache is None else {"cache_params" if is_mamba else "past_key_values": cache}
@@ -48,7 +48,7 @@ def enable_jobs(base: PreTrainedModel) -> None:
         if is_mamba:
             mask = mask[:, -ids.shape[1] :]
         output = text_decoder(self)(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **extra)
-        return job(self, output.last_hidden_state)
+        return hidden_state_fn(self, output.last_hidden_state)
 
     base.forward = types.MethodType(forward, base)
 
@@ -58,17 +58,17 @@ def last_token_index(attention_mask: Tensor) -> Tensor:
     return attention_mask.shape[1] - 1 - attention_mask.flip(1).long().argmax(1)
 
 
-def score_job(attention_mask: Tensor, adapter: str) -> Job:
-    """Job that gives one score a row, float32 [B]: the head of `adapter` read at the last real token."""
+def score_fn(attention_mask: Tensor, adapter: str) -> HiddenStateFn:
+    """Function that gives one score a row, float32 [B]: the head of `adapter` read at the last real token."""
 
-    def job(base: PreTrainedModel, hidden: Tensor) -> Tensor:
+    def function(base: PreTrainedModel, hidden: Tensor) -> Tensor:
         head = base.score.modules_to_save[adapter]
         rows = torch.arange(len(hidden), device=hidden.device)
         last = hidden[rows, last_token_index(attention_mask)]  # [B, H]
         with torch.autocast(hidden.device.type, enabled=False):  # the head stays float32: scores differ by little
             return nn.functional.linear(last.float(), head.weight.float()).squeeze(-1)
 
-    return job
+    return function
 
 
 def add_score_head(base: PreTrainedModel, seed: int | None = None) -> None:

@@ -35,7 +35,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from inference.side_by_side import InferenceArguments, load_models
 from rollout.distribution import Sampling
 from rollout.experience import Collector, Experience
-from rollout.sampler import draw_replies
+from rollout.sampler import generate_responses
 from tests.conftest import make_tokenizer, write_preferences, write_rows
 from tests.helpers import independent_logprobs
 from tests.tiny import tiny_model
@@ -194,7 +194,7 @@ def go_through(family: str, folder: Path) -> str:
     models = load_models(InferenceArguments(**arguments))
     ppo, model, sampling = plain(base, folder / "ppo"), models.model, models.samplings["PPO"]
     with use_adapter(model, *models.adapters["PPO"]):
-        drawn = draw_replies(model, queries, range(len(queries)), sampling)
+        drawn = generate_responses(model, queries, range(len(queries)), sampling)
     check_replies("trained policy", ppo, queries, drawn.ids, drawn.statistics.logprobs, sampling)
 
     run("merge_lora", "--base_model_name", base, "--adapter_path", folder / "ppo", "--output_dir", folder / "merged")

@@ -38,7 +38,7 @@ from utils.arguments import DataArguments, LoraArguments, ModelArguments, parse_
 from utils.base_model import base_fingerprint
 from utils.console import InputError
 from utils.data import tokenize_preferences, tokenize_prompts, tokenize_sft, train_and_eval_rows
-from utils.heads import add_score_head, enable_jobs
+from utils.heads import add_hidden_state_fn, add_score_head
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 ROWS: list[list[dict[str, Any]]] = [
@@ -258,7 +258,7 @@ class Inputs:
         base = load_plain(self.stages.base)
         check_adapter(reward, "--reward", True, "{prompt}=", base)
         read_statistics(reward, allow_weak=True)
-        enable_jobs(base)
+        add_hidden_state_fn(base)
         model = attach_adapter(base, sft, sft.config)
         add_score_head(base)
         load_reward(model, reward)
