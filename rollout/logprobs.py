@@ -144,9 +144,9 @@ def logprobs_fn(batch: Batch, sampling: Sampling, with_values: bool) -> HiddenSt
 def logit_bytes(base: PreTrainedModel, tokens: int, training: bool, device: torch.device) -> int:
     """The most that `logprobs_fn` holds of the logits of N reply tokens, and of what it makes of them: for the memory plan.
 
-    Of a tile [N, C] six float32 tensors in `tiled_logprobs`: the model's logits, those of the sampler, the derivative of the
-    one by the other and the ones it is made from, the distance to the largest, and a bounded copy.  In training beside them
-    three tensors [N, H] for the derivative of each log-prob by its hidden state.
+    Of a tile [N, C] five float32 tensors in `tiled_logprobs`: the model's logits, those of the sampler, the derivative of
+    the one by the other, the distance to the largest, and a bounded copy.  In training beside them three tensors [N, H] for
+    the derivative of each log-prob by its hidden state.
 
     An output embedding that is trained or not plain: five tensors [n, V] of the n tokens that go through it at a time
     (logits, log-probs, probabilities, bounded log-probs, logits of the model), with gradients one more.
@@ -155,7 +155,7 @@ def logit_bytes(base: PreTrainedModel, tokens: int, training: bool, device: torc
     vocabulary, width = head.weight.shape
     if is_plain(head):
         columns = max(tile.stop - tile.start for tile in vocabulary_tiles(device, tokens, vocabulary))
-        return 4 * (6 * tokens * columns + 3 * training * tokens * width)
+        return 4 * (5 * tokens * columns + 3 * training * tokens * width)
     return 4 * (5 + training) * min(tokens, logit_rows(device, vocabulary)) * vocabulary
 
 

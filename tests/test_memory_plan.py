@@ -187,10 +187,10 @@ def test_the_cache_is_as_large_as_a_real_one(tmp_path, family):
 def test_logits_by_hand(base_path, monkeypatch):
     base = empty(base_path)
     cpu, states = torch.device("cpu"), 3 * 10 * 32 * 4
-    assert logit_bytes(base, 10, False, cpu) == 6 * 10 * 320 * 4
-    assert logit_bytes(base, 10, True, cpu) == 6 * 10 * 320 * 4 + states
+    assert logit_bytes(base, 10, False, cpu) == 5 * 10 * 320 * 4
+    assert logit_bytes(base, 10, True, cpu) == 5 * 10 * 320 * 4 + states
     monkeypatch.setattr(distribution, "TILE", 64)
-    assert logit_bytes(base, 10, True, cpu) == 6 * 10 * 64 * 4 + states
+    assert logit_bytes(base, 10, True, cpu) == 5 * 10 * 64 * 4 + states
     base.get_output_embeddings().weight.requires_grad_(True)
     assert logit_bytes(base, 10, True, cpu) == 6 * 10 * 320 * 4
     monkeypatch.setitem(distribution.LOGIT_CHUNK, "cpu", 320 * 4)  # four tokens at a time
@@ -264,9 +264,9 @@ def test_phases_of_ppo_by_hand(cheap, stages):
         "reading prompts": {"KV cache": cache * 32, "activations": 1500 * 8 * 32},
         "sampling": {"KV cache": cache * 48, "activations": 2 * 8 * 48 * 4 * 8 * 4, "logits": 4 * 8 * 320 * 4},
         "judging, decoder": {"activations": 1500 * 4 * 48},
-        "judging, log-probs": {"activations": 4 * 16 * 32 * 4, "logits": 6 * 64 * 320 * 4},
+        "judging, log-probs": {"activations": 4 * 16 * 32 * 4, "logits": 5 * 64 * 320 * 4},
         "update, forward": {"activations": 1500 * 4 * 48},
-        "update, log-probs": {"activations": 1000 * 4 * 48, "logits": 6 * 64 * 320 * 4 + 3 * 64 * 32 * 4},
+        "update, log-probs": {"activations": 1000 * 4 * 48, "logits": 5 * 64 * 320 * 4 + 3 * 64 * 32 * 4},
         "update, backward": {"activations": 2000 * 4 * 48},
     }
     assert make_ppo_plan(stages).phases == phases
