@@ -66,7 +66,7 @@ def test_a_users_own_setting_of_the_allocator_stays(
     """
     asked = []
     library = SimpleNamespace(mallopt=lambda parameter, value: asked.append((parameter, value)))
-    monkeypatch.setattr("utils.arguments.ctypes.CDLL", lambda name: library)
+    monkeypatch.setattr("utils.console.ctypes.CDLL", lambda name: library)
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "65536")
