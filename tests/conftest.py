@@ -1,6 +1,7 @@
 """Tiny models, a tokenizer and data, all made in memory: no hub, no GPU, no files from elsewhere."""
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -103,6 +104,33 @@ def make_model(family: str, seed: int = 0, vocabulary: int = 320) -> PreTrainedM
             BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.1, **ids)
         )
     return model.eval()
+
+
+# Files that train, start processes or go through whole scripts: marked slow, and started in this order, the longest first,
+# so that two workers end together.
+SLOW = (
+    *("two_processes", "resume", "preemption", "disk_failures", "families", "nonfinite", "every_argument"),
+    *("input_errors", "foreign_adapters", "reward_training", "guarded_run", "trackers", "article", "logging", "chat"),
+    *("security", "gold", "critic", "four_bit", "baichuan", "baichuan_errors", "allocator", "fuzz", "launch", "slurm"),
+)
+
+
+def slowness(item: pytest.Item) -> int:
+    name = item.path.stem.removeprefix("test_")
+    return SLOW.index(name) if name in SLOW else len(SLOW)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=slowness)
+    for item in items:
+        if slowness(item) < len(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Each training collects garbage several times, and looked each time, for half a second, at all that is imported."""
+    gc.freeze()
 
 
 FAMILIES = ("llama", "qwen3", "gpt2", "gpt_neox", "bloom", "glm")

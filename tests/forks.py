@@ -3,6 +3,7 @@
 They start in a moment: each is forked from one server process that has imported everything and computed nothing.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ from utils.console import run_script
 
 SCRIPTS = {"sft": sft_training, "reward": reward_modeling, "ppo": rl_training}
 ROOT = Path(__file__).parent.parent
+gc.freeze()  # of the server: its children would look through all that it has imported when they collect garbage
 
 
 def from_server() -> BaseContext:
