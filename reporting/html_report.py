@@ -264,7 +264,7 @@ def chosen_samples(samples: Sequence[dict[str, Any]], most: int) -> list[dict[st
 def sample_tables(runs: Sequence[Run], most: int) -> dict[str, Any]:
     """The samples of all runs in one table: number columns first, then the run's number, prompt number and response."""
     rows = [(number, row) for number, run in enumerate(runs) for row in chosen_samples(run.samples, most)]
-    numeric = {key for _, row in rows for key, value in row.items() if isinstance(value, (int, float))}
+    numeric = {key for _, row in rows for key, value in row.items() if type(value) in (int, float)}  # no bool
     columns = [key for key in SAMPLE_NUMBERS if key in numeric] + sorted(numeric - {*SAMPLE_NUMBERS})
     prompts: dict[str, int] = {}
     return {

@@ -369,4 +369,4 @@ def test_a_prompt_of_just_the_longest_length_is_kept(tokenizer):
 def test_eos_in_text_is_left_out_however_often_it_stands_there(tokenizer):
     """Exports often end each text with EOS, some with two; a query with EOS behind it asks for nothing."""
     assert encode_prompt("hi", "Q: {prompt}\nA:</s></s>", tokenizer) == ids_of(tokenizer, "Q: hi\nA:")
-    assert encode_response("yo</s></s>", tokenizer) == ids_of(tokenizer, "yo")
+    assert encode_response("yo</s></s>", tokenizer, EOS) == ids_of(tokenizer, "yo")

@@ -479,7 +479,10 @@ OF_PPO = {
     "save_freq": (lambda run: run.checkpoints(), [4, 5]),
     "batch_size": (lambda run: len(run.batches[0]), 5),
     "guard_prompts": (lambda run: run.asked, {2, 3}),  # the guard's and the held-out ones
-    "normalize_scores": (lambda run: run.trainer.statistics, (0.0, 1.0)),  # and not those of the card
+    "normalize_scores": (
+        lambda run: run.trainer.collector.score_rules.statistics,
+        (0.0, 1.0),
+    ),  # and not those of the card
     "data_seed": (lambda run: run.order(5), random_order(3, 10, 5)),
 }
 SEEN_IN_MANY = {"sft": OF_ALL | OF_FIRST, "reward": OF_ALL | OF_FIRST, "ppo": OF_ALL | OF_PPO}
@@ -517,7 +520,7 @@ OTHERS_OF = {
     "reward": {
         "train_subset": 11,
         "eval_subset": 2,
-        "max_length": 24,
+        "max_length": 36,
         "overlong_pairs": "cut",
         "probe_prompts": 2,
         "center_rewards_coefficient": 0.5,
@@ -527,11 +530,11 @@ OTHERS_OF = {
 
 @pytest.fixture(scope="module")
 def others(stages: Stages, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Runs with all of `OTHERS`, on a folder with a folder of 13 rows to train on and one of 4 held out."""
+    """Runs with all of `OTHERS`, on a folder with a folder of 13 rows to train on and one of 4 to evaluate."""
     runs = {}
     for stage, own in OTHERS_OF.items():
         folder, rows = tmp_path_factory.mktemp(stage), rows_for(stage)
-        for name, part in (("many", [*rows[:12], rows[15]]), ("few", rows[12:])):
+        for name, part in (("many", [*rows[:12], rows[15]]), ("few", rows[:4])):
             (folder / "rows" / name).mkdir(parents=True)
             write_rows(folder / "rows" / name / "rows.jsonl", part)
         words = [*needed(stage, stages, folder), *as_words(OTHERS | own)]
@@ -670,7 +673,9 @@ ELSEWHERE = {  # file -> arguments whose effect is its subject, or that it gives
     "test_trackers": "run_name project",
     "test_reward_training": "sft_model_lora_path degenerate_ratio degenerate_kinds exempt_probes "
     "length_penalty_coefficient ensemble_size ensemble_penalty output_max_length",
-    "test_guarded_run": "reward_model_lora_path guard guard_freq guard_patience kl_budget floor_broken_replies",
+    "test_guarded_run": "reward_model_lora_path guard guard_freq guard_patience kl_budget",
+    "test_always_true": "floor_broken_replies",
+    "test_families": "lora_target_parameters",
     "test_gold": "gold_function",
     "test_resume_changed": "prompt_date",
     "test_input_errors": "allow_weak_reward max_length",

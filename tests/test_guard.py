@@ -282,6 +282,7 @@ def measured() -> list[dict[str, float]]:
     return [measure_responses(texts(), texts(), [None] * 40, [15] * 40) for _ in range(20)]
 
 
+@pytest.mark.slow
 def test_measures_are_the_same_in_every_process() -> None:
     """Words of a set come in an order that differs by process; a plain sum of their weights differed in its last digit.
 

@@ -33,6 +33,7 @@ def test_every_source_file_is_in_a_room() -> None:
     assert found - known == set()
 
 
+@pytest.mark.slow
 def test_nothing_heavy_happens_at_import() -> None:
     """matplotlib, wandb, gradio and deepspeed take seconds that --help should not pay."""
     rooms = ("utils", "rewards", "rollout", "runs", "reporting", "inference")

@@ -861,7 +861,10 @@ def test_held_out_prompts_that_are_trained_on_are_said(tmp_path, capsys):
 def test_a_chat_template_that_refuses_a_dialogue(tokenizer):
     """Many templates want user and assistant in turn; jinja's exception reached users as a traceback."""
     strict = make_tokenizer()
-    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    strict.chat_template = (
+        "{% for turn in messages %}{% if (turn.role == 'user') != (loop.index0 is even) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{{ turn.content }}{% endfor %}"
+    )
     rows = Dataset.from_list(
         [{"messages": [{"role": role, "content": "hi"} for role in ("user", "user", "assistant")]}]
     )

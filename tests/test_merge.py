@@ -261,6 +261,7 @@ def test_refusals(case, stages, tmp_path, merge, capsys):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_exit_code_of_the_script(tmp_path):
     script = Path(merge_lora.__file__)
     done = run_command([script, "--base_model_name", "B", "--adapter_path", tmp_path / "none"], tmp_path)

@@ -18,10 +18,11 @@ from runs.resume import settle_date
 from tests.conftest import make_tokenizer, save_base, write_rows, write_sft
 from tests.helpers import PROMPTS, Stages, run_main, save_sft
 from tests.test_resume import files_of, killed_copy
-from utils import data
+from utils import chat_template
 from utils.adapters import SavedAdapter
 from utils.arguments import DataArguments
 from utils.console import InputError
+from utils.data import format_prompt
 from utils.files import read_jsonl
 
 
@@ -257,7 +258,7 @@ def dated_tokenizer() -> PreTrainedTokenizerFast:
 
 def test_a_run_that_goes_on_the_next_day_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its prompts said another day than those of the steps before."""
-    monkeypatch.setattr(data, "date", Someday)
+    monkeypatch.setattr(chat_template, "date", Someday)
     base = save_base(tmp_path / "base")
     dated_tokenizer().save_pretrained(base)
     values = {"model_name_or_path": base, "dataset": write_sft(tmp_path / "sft.jsonl"), "max_length": 96, "lora_r": 4}
@@ -278,12 +279,12 @@ def test_a_run_that_goes_on_the_next_day_is_the_run(tmp_path: Path, monkeypatch:
 
 def test_later_stages_have_the_day_of_the_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """SFT on one day and PPO on the next had different ids for the same prompt."""
-    monkeypatch.setattr(data, "date", Someday)
+    monkeypatch.setattr(chat_template, "date", Someday)
 
     def text(given: str | None, *adapters: SavedAdapter) -> str:
         tokenizer = dated_tokenizer()
         settle_date(tokenizer, "chat", given, None, *adapters)
-        return data.format_prompt("hi", "chat", tokenizer)
+        return format_prompt("hi", "chat", tokenizer)
 
     sft, reward = (
         SavedAdapter("", None, [], {"stage": stage, "prompt_date": day})

@@ -137,6 +137,6 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
         ids = torch.arange(3, 19)[None]
         with torch.no_grad():
             spread = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.std()
-        head.weight.data *= 2 / spread
-        head.weight.data[EOS] *= 3
+        head.weight.data *= 3 / spread
+        head.weight.data[EOS] *= 4
     return model.requires_grad_(False).eval()

@@ -82,7 +82,7 @@ SECTIONS = {
     "reward_model_lora_path merged_sft_model_path critic ensemble_size ensemble_penalty plan",
     "on what": "dataset dataset_split dataset_data_dir eval_dataset eval_dataset_split eval_dataset_data_dir eval_fraction "
     "prompt_date max_length train_subset eval_subset overlong_pairs",
-    "LoRA": "lora_r lora_alpha lora_dropout lora_target_modules",
+    "LoRA": "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters",
     "reward model": "center_rewards_coefficient length_penalty_coefficient degenerate_ratio degenerate_kinds exempt_probes "
     "probe_prompts",
     "training": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps bf16 "

@@ -168,7 +168,7 @@ def go_through(family: str, folder: Path) -> str:
     try:
         sizes = ["--steps", "1", "--batch_size", "12", "--mini_batch_size", "4", "--ppo_epochs", "1"]
         adapters = ["--sft_model_lora_path", folder / "sft", "--reward_model_lora_path", folder / "reward"]
-        adapters += ["--allow_weak_reward", "true", "--guard", "off", "--output_max_length", "12"]
+        adapters += ["--allow_weak_reward", "true", "--guard", "off", "--output_max_length", "12", "--max_length", "64"]
         run("rl_training", *common, *sizes, *adapters, "--dataset", pairs, "--output_dir", folder / "ppo")
     finally:
         Collector.collect = collect
