@@ -31,16 +31,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lora.adapters import POLICY, SavedAdapter, attach_adapter, check_adapter, read_adapter
+from lora.base_model import bare_layer, load_base, load_tokenizer
+from lora.heads import add_hidden_state_fn, add_score_head, score_fn
 from rewards.reward_model import member_folders
 from runs.run_files import run_record
-from utils.adapters import POLICY, SavedAdapter, attach_adapter, check_adapter, read_adapter
 from utils.arguments import DEFAULT_TEMPLATE, ModelArguments, check_new_folder, parse_arguments
-from utils.base_model import bare_layer, load_base, load_tokenizer
 from utils.batching import pad_right
 from utils.chat_template import generation_stop_ids
 from utils.console import InputError, one_line, run_script, say
 from utils.files import folder_when_done, write_json
-from utils.heads import add_hidden_state_fn, add_score_head, score_fn
 
 # Texts on which the saved model is compared with base + adapter: of different lengths, so that a batch has padding.
 PROBES = (

@@ -29,6 +29,19 @@ from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from lora.adapters import (
+    SCORE_KEY,
+    SavedAdapter,
+    check_adapter,
+    complete,
+    is_of,
+    load_adapter,
+    read_adapter,
+    saved_key,
+    use_adapter,
+)
+from lora.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
+from lora.sharding import check_state_dict, is_sharded, whole_parameters
 from reporting.plots import draw_card
 from reporting.trackers import show_card
 from rewards.broken_replies import KINDS, TRAIN_WEIGHT, broken_pairs
@@ -41,17 +54,6 @@ from runs.resume import check_same_run, identity, settle_date
 from runs.run_files import RunFiles, run_record
 from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
-from utils.adapters import (
-    SCORE_KEY,
-    SavedAdapter,
-    check_adapter,
-    complete,
-    is_of,
-    load_adapter,
-    read_adapter,
-    saved_key,
-    use_adapter,
-)
 from utils.arguments import (
     DEFAULT_PREFERENCES,
     DataArguments,
@@ -64,14 +66,12 @@ from utils.arguments import (
     parse_arguments,
     set_up_ddp,
 )
-from utils.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from utils.batching import pad_right, part_size
 from utils.chat_template import check_reply_end, reply_end_id, stop_token_ids
 from utils.console import InputError, is_main_process, run_script, say
 from utils.data import Preferences, check_template, tokenize_preferences, train_and_eval_rows
 from utils.files import write_json
 from utils.offered import EVERY_STAGE, FIRST_STAGES
-from utils.sharding import check_state_dict, is_sharded, whole_parameters
 
 
 @dataclass
@@ -328,7 +328,7 @@ def check_saved_adapter(model: PeftModel, folder: str, batch: dict[str, Tensor],
 def check_saved_tensors(whole: dict[str, Tensor], folder: str, members: list[str]) -> float:
     """As `check_saved_adapter`, for a model that is spread over processes: one alone cannot score, so compare tensors.
 
-    whole: the adapters' parameters by name, see utils/sharding.py.
+    whole: the adapters' parameters by name, see lora/sharding.py.
     """
     difference = 0.0
     for member, path in zip(members, member_folders(folder), strict=True):

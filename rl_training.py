@@ -37,6 +37,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from lora.adapters import SavedAdapter, check_adapter, check_kind, read_adapter
+from lora.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from reporting.metrics import EVALUATED
 from reporting.plots import draw_curves
 from reporting.progress import IterationLines
@@ -57,7 +59,6 @@ from runs.run_files import RunFiles, run_record
 from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
 from utils import ppo
-from utils.adapters import SavedAdapter, check_adapter, check_kind, read_adapter
 from utils.arguments import (
     DEFAULT_PREFERENCES,
     DataArguments,
@@ -69,7 +70,6 @@ from utils.arguments import (
     parse_arguments,
     set_up_ddp,
 )
-from utils.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from utils.chat_template import check_reply_end, stop_token_ids
 from utils.console import InputError, run_script, say
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows

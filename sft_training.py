@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from lora.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
+from lora.lora_layers import new_lora_config
+from lora.sharding import check_state_dict
 from rollout.distribution import check_output_logits
 from runs.memory_plan import announce, sft_plan
 from runs.resume import check_same_run, identity, settle_date
 from runs.run_files import RunFiles, run_record
 from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
-from utils.adapters import new_lora_config
 from utils.arguments import (
     DataArguments,
     LoraArguments,
@@ -37,13 +39,11 @@ from utils.arguments import (
     parse_arguments,
     set_up_ddp,
 )
-from utils.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from utils.batching import sft_part_size
 from utils.chat_template import stop_token_ids
 from utils.console import run_script, say
 from utils.data import check_template, tokenize_sft, train_and_eval_rows
 from utils.offered import EVERY_STAGE, FIRST_STAGES
-from utils.sharding import check_state_dict
 
 DEFAULT_DATASET = "Hello-SimpleAI/HC3-Chinese"  # the article's
 

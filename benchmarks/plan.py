@@ -27,11 +27,12 @@ import reward_modeling
 import rl_training
 import sft_training
 from benchmarks.runs import ALONE, write_rows
+from lora.adapters import read_adapter
+from lora.base_model import load_base
+from lora.lora_layers import new_lora_config
 from rewards.reward_model import new_reward_model
 from runs.memory_plan import Plan, gib, ppo_plan, reward_plan, sft_plan
-from utils.adapters import new_lora_config, read_adapter
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, PlanArguments, parse_arguments
-from utils.base_model import load_base
 from utils.console import run_script
 
 RUN = ["--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none", "--save_strategy", "no"]

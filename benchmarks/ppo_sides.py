@@ -66,7 +66,7 @@ def make_inputs(folder: Path, shapes: Shapes) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from utils.heads import add_score_head
+    from lora.heads import add_score_head
 
     folder.mkdir(parents=True)
     words = {"</s>": EOS, "<pad>": PAD, "<unk>": UNKNOWN}
@@ -148,12 +148,12 @@ class Phases:
 
 def ours(folder: Path, iterations: int) -> dict[str, Any]:
     """Iterations of stage 3."""
+    from lora.adapters import read_adapter
+    from lora.base_model import load_base, load_tokenizer
     from rewards.scores import ScoreStatistics
     from rl_training import PPOArguments, build_trainer, read_prompts
     from rollout import sampler
-    from utils.adapters import read_adapter
     from utils.arguments import DataArguments, ModelArguments, choose_precision, parse_arguments
-    from utils.base_model import load_base, load_tokenizer
     from utils.console import keep_freed_memory
 
     keep_freed_memory()  # as run_script() does

@@ -9,9 +9,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from utils.adapters import POLICY, REWARD, SavedAdapter, load_adapter, new_lora_config, read_adapter, use_adapter
+from lora.adapters import POLICY, REWARD, SavedAdapter, load_adapter, read_adapter, use_adapter
+from lora.heads import add_hidden_state_fn, add_score_head, score_fn
+from lora.lora_layers import new_lora_config
 from utils.arguments import LoraArguments
-from utils.heads import add_hidden_state_fn, add_score_head, score_fn
 
 MEMBER = "member"  # further adapters of a reward ensemble: member1, member2 ...
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora.adapters import SavedAdapter
 from rewards.reward_card import in_short, read_card
-from utils.adapters import SavedAdapter
 from utils.console import InputError, say
 
 FLOOR = 3.0  # standard deviations under the mean score: where a broken response is put, at most

@@ -1,12 +1,23 @@
-"""Prompts with their replies as padded tensors.  Shapes: B replies, L tokens of prompt + reply, T reply tokens."""
+"""Prompts with their replies as padded tensors, and how many go through the model at once.
+
+Shapes: B replies, L tokens of prompt + reply, T reply tokens.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from lora.base_model import text_decoder
 from utils.batching import pad_right
+
+# What a layer costs in a forward and backward pass before its first token, in floating-point operations: the time that
+# starting some hundred small operations takes, at the rate of large ones.
+PASS_OVERHEAD = {"cpu": 4e8, "cuda": 1e11}
+# More tokens in a pass make a CPU no faster and need more memory, unless the model is so small that passes are dear.
+PASS_TOKENS = {"cpu": 512, "cuda": 2**31}
 
 
 class Batch(NamedTuple):
@@ -46,3 +57,15 @@ def make_batch(queries: Sequence[Sequence[int]], responses: Sequence[Sequence[in
     ids, mask = pad_right(rows, pad_id)
     _, response_mask = pad_right(responses, pad_id)
     return Batch(ids, mask, torch.tensor([len(query) for query in queries]), response_mask.bool())
+
+
+def pass_limits(base: PreTrainedModel, device: torch.device) -> tuple[float, int]:
+    """`overhead` and `most_tokens` of `split_by_length` for this model on this device.
+
+    A layer of n weights takes 4n operations a token, forward and backward; the weights themselves are frozen.
+    """
+    layers = base.config.get_text_config().num_hidden_layers
+    embedding = base.get_input_embeddings().weight.numel()  # looked up, not multiplied with
+    layer_size = (sum(parameter.numel() for parameter in text_decoder(base).parameters()) - embedding) / layers
+    overhead = PASS_OVERHEAD[device.type] / (4 * layer_size)
+    return overhead, max(PASS_TOKENS[device.type], int(8 * overhead))

@@ -5,7 +5,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from utils.base_model import BROKEN_MODEL, bare_layer, same_numbers
+from lora.base_model import BROKEN_MODEL, bare_layer, same_numbers
 from utils.console import say
 
 

@@ -16,7 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.base_model import bare_layer, text_decoder
+from lora.base_model import bare_layer, text_decoder
 from utils.console import InputError
 
 # Logits held at once, in numbers.  On a CPU 16 MiB of float32, on a GPU, which needs more of them to be busy, 128 MiB.

@@ -14,18 +14,18 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from lora.adapters import CRITIC, REFERENCE, use_adapter
 from rewards.broken_replies import find_broken
 from rewards.gold_function import Gold
 from rewards.guard import measure_responses
 from rewards.reward_model import reward_scores
 from rewards.scores import ScoreRules, normalize_scores
-from rollout.batch import Batch, make_batch
+from rollout.batch import Batch, make_batch, pass_limits
 from rollout.distribution import Sampling
 from rollout.logprobs import logprobs_fn, values_fn
 from rollout.sampler import Generated, generate_responses, seed_of
 from utils import ppo
-from utils.adapters import CRITIC, REFERENCE, use_adapter
-from utils.batching import pass_limits, split_by_length
+from utils.batching import split_by_length
 from utils.chat_template import reply_text
 from utils.console import RunError, say
 

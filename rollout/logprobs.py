@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lora.heads import HiddenStateFn, state_values
 from rollout.batch import Batch, TokenStatistics
 from rollout.distribution import (
     Sampling,
@@ -23,7 +24,6 @@ from rollout.distribution import (
     tile_logits,
     vocabulary_tiles,
 )
-from utils.heads import HiddenStateFn, state_values
 
 
 class _KnownGradient(torch.autograd.Function):

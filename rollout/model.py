@@ -7,11 +7,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from lora.adapters import CRITIC, LORA, POLICY, REFERENCE, SavedAdapter, attach_adapter, is_of, layer_of, load_adapter
+from lora.base_model import disable_dropout, hidden_width
+from lora.heads import add_hidden_state_fn, add_score_head
 from rewards.reward_model import load_reward
-from utils.adapters import CRITIC, LORA, POLICY, REFERENCE, SavedAdapter, attach_adapter, is_of, layer_of, load_adapter
-from utils.base_model import disable_dropout, hidden_width
 from utils.console import InputError
-from utils.heads import add_hidden_state_fn, add_score_head
 
 
 def assemble_ppo_model(

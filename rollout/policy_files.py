@@ -8,10 +8,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from utils.adapters import CRITIC, POLICY, is_of, load_weights
+from lora.adapters import CRITIC, POLICY, is_of, load_weights
+from lora.heads import load_value_head, save_value_head
+from lora.sharding import whole_parameters
 from utils.files import read_json_object, write_json
-from utils.heads import load_value_head, save_value_head
-from utils.sharding import whole_parameters
 
 STATE_FILE = "ppo_state.json"
 

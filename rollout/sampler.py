@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from lora.heads import HiddenStateFn, last_token_index, state_values
+from lora.sharding import is_sharded
 from rollout.batch import TokenStatistics
 from rollout.cache import new_cache
 from rollout.distribution import Sampling, entropies, output_logits, sampling_logits
 from utils.batching import pad_right
 from utils.console import RunError
-from utils.heads import HiddenStateFn, last_token_index, state_values
-from utils.sharding import is_sharded
 
 
 class NextToken(NamedTuple):

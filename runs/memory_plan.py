@@ -33,16 +33,18 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from lora.adapters import SavedAdapter
+from lora.base_model import base_config, hidden_width
+from lora.heads import add_hidden_state_fn
+from lora.lora_layers import new_lora_config
+from lora.sharding import loading_whole
 from rewards.reward_model import new_reward_model
+from rollout.batch import pass_limits
 from rollout.logprobs import logit_bytes
 from rollout.model import assemble_ppo_model
-from utils.adapters import SavedAdapter, new_lora_config
 from utils.arguments import LoraArguments, ModelArguments
-from utils.base_model import base_config, hidden_width
-from utils.batching import part_size, pass_limits, sft_part_size
+from utils.batching import part_size, sft_part_size
 from utils.console import InputError, one_line, say
-from utils.heads import add_hidden_state_fn
-from utils.sharding import loading_whole
 
 FLOAT = 4  # bytes of float32, which adapters, heads, gradients and optimizer state are in
 TRL_TILE = (4096, 32768)  # tokens and vocabulary of one tile in the fused LM head of TRL's SFTTrainer

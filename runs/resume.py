@@ -15,9 +15,9 @@ from datasets import Dataset
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from utils.adapters import SavedAdapter, read_run
+from lora.adapters import SavedAdapter, read_run
+from lora.base_model import same_base
 from utils.arguments import withheld
-from utils.base_model import same_base
 from utils.chat_template import fix_date
 from utils.console import InputError, say
 

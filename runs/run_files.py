@@ -16,8 +16,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from lora.base_model import base_fingerprint
 from utils.arguments import ModelArguments
-from utils.base_model import base_fingerprint
 from utils.files import append_jsonl, drop_rows_after, replace_jsonl, write_json
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")

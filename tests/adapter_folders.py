@@ -9,11 +9,11 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from inference.side_by_side import prompt_seed
+from lora.base_model import base_fingerprint
 from rollout.distribution import default_sampling
 from rollout.sampler import generate_ids
 from tests.conftest import make_tokenizer
 from tests.helpers import load_with_hidden_state_fn, make_stages, save_lively_base, strengthen
-from utils.base_model import base_fingerprint
 from utils.data import encode_prompt
 
 TEMPLATE = "Q: {prompt}\nA:"

@@ -21,6 +21,8 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
+from lora.adapters import read_adapter
+from lora.heads import add_hidden_state_fn
 from reporting.progress import IterationLines
 from rewards.broken_replies import find_broken
 from rewards.gold_function import Gold
@@ -31,10 +33,8 @@ from rollout.batch import Batch
 from rollout.distribution import Sampling, first_token_ban
 from rollout.experience import Experience
 from tests.conftest import make_model, make_tokenizer
-from utils.adapters import read_adapter
 from utils.arguments import LoraArguments
 from utils.data import tokenize_prompts
-from utils.heads import add_hidden_state_fn
 
 PROMPTS = ["你好", "a", "What is the capital of France?", "火锅", "dogs", "the cat sat on the mat", "tea", "apple soup"]
 PROMPTS += ["苹果 香蕉", "rice?", "in the park, didn't it?", "熊猫 很可爱"]

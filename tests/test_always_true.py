@@ -12,8 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 from trl import SFTConfig, SFTTrainer
 
+from lora.adapters import REFERENCE, REWARD, read_adapter, use_adapter
+from lora.heads import load_value_head, score_fn
 from rewards.scores import ScoreStatistics, read_statistics
 from rl_training import PPOTrainer, Targets
+from rollout import batch as rollout_batch
 from rollout import distribution
 from rollout.batch import make_batch
 from rollout.experience import Experience, describe
@@ -34,11 +37,9 @@ from tests.helpers import (
     save_reward,
     wake_value_head,
 )
-from utils import batching, ppo
-from utils.adapters import REFERENCE, REWARD, read_adapter, use_adapter
+from utils import ppo
 from utils.data import encode_response, tokenize_preferences, tokenize_prompts, tokenize_sft
 from utils.files import read_jsonl
-from utils.heads import load_value_head, score_fn
 
 PAD, EOS = 0, 2
 CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
@@ -457,7 +458,7 @@ def test_the_gradient_is_that_of_a_plain_implementation(
     loss written out as in the papers.
     """
     monkeypatch.setattr(distribution, "TILE", 64)
-    monkeypatch.setitem(batching.PASS_OVERHEAD, "cpu", 0.0)  # one length a part
+    monkeypatch.setitem(rollout_batch.PASS_OVERHEAD, "cpu", 0.0)  # one length a part
     settings = {"ppo_epochs": 1, "max_grad_norm": 0.0, "mini_batch_size": 8, **arguments}
     trainer = make_ppo_trainer(stages, tmp_path, **settings)
     experience = ragged_experience(trainer)

@@ -17,11 +17,11 @@ import compare
 import reward_modeling
 import rl_training
 import sft_training
+from lora.lora_layers import resolve_target_modules, text_layers
 from reward_modeling import RewardArguments
 from rl_training import PPOArguments
 from sft_training import SFTArguments
 from tests.conftest import make_model
-from utils.adapters import resolve_target_modules, text_layers
 from utils.arguments import (
     DataArguments,
     LoraArguments,
@@ -33,7 +33,7 @@ from utils.arguments import (
 from utils.console import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("utils", "rollout", "rewards", "runs", "reporting", "inference")
+ROOMS = ("utils", "lora", "rollout", "rewards", "runs", "reporting", "inference")
 
 
 @dataclass

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import reward_modeling
 import rl_training
 import sft_training
+from lora.adapters import attach_adapter, read_adapter
+from lora.base_model import load_base, load_tokenizer
 from scripts.baichuan import convert as converter
 from tests.baichuan import (
     HIDDEN,
@@ -36,9 +38,7 @@ from tests.baichuan import (
     write_shards,
 )
 from tests.test_article import PPO_COMMAND, REWARD_COMMAND, filled, start, warnings_of
-from utils.adapters import attach_adapter, read_adapter
 from utils.arguments import ModelArguments
-from utils.base_model import load_base, load_tokenizer
 from utils.console import InputError
 
 TOKENIZERS = {1: ("nmt_nfkc", True), 2: ("identity", False)}

@@ -23,6 +23,7 @@ from inference.side_by_side import (
     prompt_seed,
     read_named_adapters,
 )
+from lora.adapters import read_adapter
 from rewards.reward_card import wilson_interval
 from rollout.distribution import default_sampling
 from rollout.sampler import generate_ids
@@ -30,7 +31,6 @@ from tests.adapter_folders import TEMPLATE, AdapterFolders, make_adapter_folders
 from tests.conftest import make_tokenizer, save_base, write_rows
 from tests.helpers import load_with_hidden_state_fn, save_sft
 from tests.pages import Page
-from utils.adapters import read_adapter
 from utils.console import InputError, run_script
 from utils.data import encode_prompt
 

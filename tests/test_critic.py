@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import rl_training
+from lora.adapters import POLICY, REWARD, attach_adapter, read_adapter
+from lora.heads import add_hidden_state_fn, add_score_head, score_fn
 from rewards.scores import ScoreStatistics
 from rl_training import Targets
 from rollout.batch import make_batch
@@ -20,9 +22,7 @@ from tests.helpers import (
     queries_of,
     run_main,
 )
-from utils.adapters import POLICY, REWARD, attach_adapter, read_adapter
 from utils.files import read_jsonl
-from utils.heads import add_hidden_state_fn, add_score_head, score_fn
 
 
 def tensors(trainer: rl_training.PPOTrainer) -> dict[str, torch.Tensor]:

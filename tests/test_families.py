@@ -23,6 +23,10 @@ import merge_lora
 import reward_modeling
 import rl_training
 import sft_training
+from lora.adapters import POLICY, REFERENCE, REWARD, load_weights, read_adapter, use_adapter
+from lora.base_model import check_causal, check_tokenizer, load_base, position_limit, text_decoder
+from lora.heads import add_hidden_state_fn, load_value_head, score_fn
+from lora.lora_layers import new_lora_config
 from rollout.batch import Batch, make_batch
 from rollout.distribution import Sampling
 from rollout.logprobs import logprobs_fn
@@ -31,12 +35,9 @@ from rollout.sampler import generate_responses
 from tests.conftest import FAMILIES, make_model, make_tokenizer, save_base, write_rows
 from tests.helpers import Stages, independent_logprobs, load_plain, make_stages, run_main, strengthen
 from tests.tiny import tiny_model
-from utils.adapters import POLICY, REFERENCE, REWARD, load_weights, new_lora_config, read_adapter, use_adapter
 from utils.arguments import LoraArguments, ModelArguments
-from utils.base_model import check_causal, check_tokenizer, load_base, position_limit, text_decoder
 from utils.console import InputError
 from utils.files import read_jsonl
-from utils.heads import add_hidden_state_fn, load_value_head, score_fn
 
 QUERIES = [[5, 9, 33, 7], [41], [100, 60, 61, 62, 63, 64, 65]]
 RESPONSES = [[12, 300, 2], [90, 91, 92, 93, 94, 95, 2], [17]]  # the last one was cut: it has no EOS

@@ -21,6 +21,8 @@ import merge_lora
 import reward_modeling
 import rl_training
 from inference.side_by_side import ChatModels, InferenceArguments, load_models
+from lora.adapters import POLICY, REFERENCE, load_adapter, read_adapter, use_adapter
+from lora.base_model import base_fingerprint, load_base
 from rewards.reward_model import member_scores, new_reward_model, reward_scores
 from rollout.batch import make_batch
 from rollout.distribution import output_logits
@@ -40,9 +42,7 @@ from tests.helpers import (
     save_reward,
     strengthen,
 )
-from utils.adapters import POLICY, REFERENCE, load_adapter, read_adapter, use_adapter
 from utils.arguments import LoraArguments, ModelArguments
-from utils.base_model import base_fingerprint, load_base
 from utils.console import InputError
 
 LINEAR = ["q_proj", "v_proj", "up_proj"]

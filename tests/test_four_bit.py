@@ -17,6 +17,9 @@ import merge_lora
 import reward_modeling
 import rl_training
 import sft_training
+from lora.adapters import attach_adapter, read_adapter
+from lora.base_model import base_fingerprint, load_base, same_base
+from lora.heads import add_hidden_state_fn, add_score_head, load_value_head, score_fn
 from runs.memory_plan import base_bytes, empty_base
 from tests.conftest import make_tokenizer, save_base, write_rows
 from tests.helpers import (
@@ -28,12 +31,9 @@ from tests.helpers import (
     run_main,
     save_lively_base,
 )
-from utils.adapters import attach_adapter, read_adapter
 from utils.arguments import ModelArguments
-from utils.base_model import base_fingerprint, load_base, same_base
 from utils.console import InputError
 from utils.files import read_jsonl
-from utils.heads import add_hidden_state_fn, add_score_head, load_value_head, score_fn
 
 
 def load_4bit(path):

@@ -9,6 +9,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import rl_training
+from lora.adapters import POLICY, REFERENCE, read_adapter
 from rewards.guard import Limits
 from rewards.scores import ScoreStatistics
 from rl_training import split_guard_prompts
@@ -22,7 +23,6 @@ from tests.helpers import (
     move_policy,
     run_main,
 )
-from utils.adapters import POLICY, REFERENCE, read_adapter
 from utils.console import InputError
 from utils.files import read_jsonl
 

@@ -23,14 +23,14 @@ import merge_lora
 import reward_modeling
 import rl_training
 import sft_training
+from lora.base_model import base_fingerprint
+from lora.sharding import check_state_dict
 from tests.conftest import make_tokenizer, save_base, write_rows
 from tests.forks import run_command
 from tests.helpers import load_plain, make_stages, save_sft
 from utils.arguments import DEFAULT_TEMPLATE, DataArguments, check_new_folder
-from utils.base_model import base_fingerprint
 from utils.console import InputError, run_script
 from utils.data import read_dataset, tokenize_preferences, tokenize_prompts, tokenize_sft, train_and_eval_rows
-from utils.sharding import check_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {

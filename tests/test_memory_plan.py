@@ -14,6 +14,7 @@ from trl.trainer import utils as trl_utils
 import reward_modeling
 import rl_training
 import sft_training
+from lora.adapters import read_adapter
 from rewards.reward_model import new_reward_model
 from rl_training import PPOArguments
 from rollout import distribution
@@ -23,7 +24,6 @@ from rollout.model import assemble_ppo_model
 from runs import memory_plan
 from tests.conftest import FAMILIES, save_base
 from tests.helpers import load_plain, make_stages, run_main
-from utils.adapters import read_adapter
 from utils.arguments import LoraArguments, ModelArguments
 from utils.console import InputError
 

@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging
 
 import merge_lora
+from lora.adapters import REWARD, read_adapter
+from lora.base_model import base_fingerprint, load_base
+from lora.heads import add_score_head, score_fn
 from rewards.reward_model import new_reward_model
 from rollout.model import assemble_ppo_model
 from tests.conftest import make_model, make_tokenizer, save_base
 from tests.forks import run_command
 from tests.helpers import Stages, load_plain, load_with_hidden_state_fn, make_stages, own_lines, strengthen
-from utils.adapters import REWARD, read_adapter
 from utils.arguments import LoraArguments, ModelArguments
-from utils.base_model import base_fingerprint, load_base
 from utils.console import InputError, run_script
-from utils.heads import add_score_head, score_fn
 
 CAUSAL_FILES = {
     "config.json",

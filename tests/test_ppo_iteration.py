@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.ppo_iteration import operations, profile_table
 from benchmarks.ppo_sides import KINDS, Shapes, kind_of, make_inputs, read_inputs, reply_lengths
-from utils.adapters import read_adapter
+from lora.adapters import read_adapter
 
 TINY = Shapes(
     hidden=12,

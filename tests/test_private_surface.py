@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, Trainer
 from trl import SFTTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = (".", "utils", "rollout", "rewards", "runs", "reporting", "inference")
+ROOMS = (".", "utils", "lora", "rollout", "rewards", "runs", "reporting", "inference")
 TRACKERS = transformers.integrations.integration_utils
 PRIVATE: dict[str, tuple[object, tuple[str, ...]]] = {  # file of ours -> members by their owner
     "runs/trainer.py": (
@@ -56,13 +56,13 @@ PRIVATE: dict[str, tuple[object, tuple[str, ...]]] = {  # file of ours -> member
     "sft_training.py": (SFTTrainer, ("_metrics", "_total_train_tokens")),
     "reporting/trackers.py: wandb": (TRACKERS.WandbCallback, ("_wandb",)),
     "reporting/trackers.py: trackio": (TRACKERS.TrackioCallback, ("_trackio",)),
-    "utils/adapters.py": (BaseTunerLayer, ("_active_adapter", "_get_available_adapters")),
-    "utils/adapters.py: wrappers": (
+    "lora/adapters.py": (BaseTunerLayer, ("_active_adapter", "_get_available_adapters")),
+    "lora/adapters.py: wrappers": (
         AuxiliaryTrainingWrapper,
         ("_active_adapter", "_adapters", "_get_available_adapters"),
     ),
-    "utils/adapters.py: names": (PreTrainedConfig(), ("_name_or_path",)),
-    "utils/sharding.py": (transformers.integrations.deepspeed, ("_hf_deepspeed_config_weak_ref",)),
+    "lora/adapters.py: names": (PreTrainedConfig(), ("_name_or_path",)),
+    "lora/sharding.py": (transformers.integrations.deepspeed, ("_hf_deepspeed_config_weak_ref",)),
     "runs/memory_plan.py: modules": (torch.nn.Linear(1, 1), ("_buffers", "_parameters")),
     "runs/memory_plan.py: storages": (torch.UntypedStorage, ("_cdata",)),
     "utils/arguments.py": (argparse.ArgumentParser(), ("_actions", "_optionals")),

@@ -12,6 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 
 import reward_modeling
+from lora.adapters import POLICY, attach_adapter, read_adapter
+from lora.heads import add_hidden_state_fn, add_score_head, score_fn
 from reward_modeling import (
     Pairs,
     RewardArguments,
@@ -29,12 +31,10 @@ from rollout.model import assemble_ppo_model
 from rollout.sampler import generate_ids
 from tests.conftest import make_tokenizer, write_rows
 from tests.helpers import load_plain, load_with_hidden_state_fn, make_stages, run_main, save_lively_base, save_sft
-from utils.adapters import POLICY, attach_adapter, read_adapter
 from utils.arguments import LoraArguments
 from utils.batching import pad_right
 from utils.console import InputError
 from utils.data import Preferences, tokenize_preferences
-from utils.heads import add_hidden_state_fn, add_score_head, score_fn
 
 WORDS = ["tea", "coffee", "soup", "bread", "rice", "cats", "dogs", "fish", "trees", "cars", "books", "songs"]
 ASKED = ["What about {}?", "Tell me of {}.", "Do you know {}?"]

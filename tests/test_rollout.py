@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from lora.adapters import REFERENCE, use_adapter
+from lora.heads import add_hidden_state_fn
 from rl_training import Targets
 from rollout import distribution, sampler
-from rollout.batch import Batch, TokenStatistics, make_batch
+from rollout.batch import Batch, TokenStatistics, make_batch, pass_limits
 from rollout.cache import new_cache
 from rollout.distribution import Sampling
 from rollout.experience import describe
@@ -34,10 +36,8 @@ from tests.helpers import (
     queries_of,
     wake_value_head,
 )
-from utils.adapters import REFERENCE, use_adapter
-from utils.batching import pass_limits, split_by_length
+from utils.batching import split_by_length
 from utils.console import InputError
-from utils.heads import add_hidden_state_fn
 
 PAD, EOS = 0, 2
 QUERIES = [[5, 9, 9, 30, 7, 5, 11, 260, 31], [40, 41], [PAD, 6, EOS, 6], [17] * 6]  # a pad and an EOS that are meant

@@ -15,12 +15,12 @@ import torch
 
 import compare
 import sft_training
+from lora.adapters import POLICY, attach_adapter, load_weights, read_adapter
+from lora.base_model import load_base, load_tokenizer
 from runs.checkpoints import seal
 from tests.conftest import make_tokenizer
 from tests.helpers import Stages, load_plain, make_stages, run_main
-from utils.adapters import POLICY, attach_adapter, load_weights, read_adapter
 from utils.arguments import ModelArguments
-from utils.base_model import load_base, load_tokenizer
 from utils.console import InputError, printable, run_script, say
 from utils.data import read_dataset
 

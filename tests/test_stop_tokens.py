@@ -20,6 +20,7 @@ import reward_modeling
 import rl_training
 import sft_training
 from inference.side_by_side import InferenceArguments, Response, load_models
+from lora.base_model import base_fingerprint, load_base
 from rewards.broken_replies import KINDS, broken_pairs
 from rollout.batch import make_batch
 from rollout.distribution import default_sampling, first_token_ban
@@ -37,7 +38,6 @@ from tests.helpers import (
     save_sft,
 )
 from utils.arguments import ModelArguments
-from utils.base_model import base_fingerprint, load_base
 from utils.chat_template import check_reply_end, reply_end_id, reply_text, stop_token_ids
 from utils.console import InputError
 from utils.data import tokenize_preferences, tokenize_prompts, tokenize_sft

@@ -4,16 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from utils.base_model import text_decoder
 
 SMALLEST_PART = 8  # rows that go through the model together on a GPU, whatever their lengths
-# What a layer costs in a forward and backward pass before its first token, in floating-point operations: the time that
-# starting some hundred small operations takes, at the rate of large ones.
-PASS_OVERHEAD = {"cpu": 4e8, "cuda": 1e11}
-# More tokens in a pass make a CPU no faster and need more memory, unless the model is so small that passes are dear.
-PASS_TOKENS = {"cpu": 512, "cuda": 2**31}
 
 
 def part_size(rows: int, smallest: int = SMALLEST_PART) -> int:
@@ -46,18 +38,6 @@ def split_by_length(lengths: Sequence[int], overhead: float, most_rows: int, mos
         parts.append(order[starts[end] : end])
         end = starts[end]
     return parts[::-1]
-
-
-def pass_limits(base: PreTrainedModel, device: torch.device) -> tuple[float, int]:
-    """`overhead` and `most_tokens` of `split_by_length` for this model on this device.
-
-    A layer of n weights takes 4n operations a token, forward and backward; the weights themselves are frozen.
-    """
-    layers = base.config.get_text_config().num_hidden_layers
-    embedding = base.get_input_embeddings().weight.numel()  # looked up, not multiplied with
-    layer_size = (sum(parameter.numel() for parameter in text_decoder(base).parameters()) - embedding) / layers
-    overhead = PASS_OVERHEAD[device.type] / (4 * layer_size)
-    return overhead, max(PASS_TOKENS[device.type], int(8 * overhead))
 
 
 def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -33,14 +33,14 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from inference.side_by_side import InferenceArguments, load_models
+from lora.adapters import SCORE_KEY, use_adapter
+from lora.base_model import text_decoder
 from rollout.distribution import Sampling
 from rollout.experience import Collector, Experience
 from rollout.sampler import generate_responses
 from tests.conftest import make_tokenizer, write_preferences, write_rows
 from tests.helpers import independent_logprobs
 from tests.tiny import tiny_model
-from utils.adapters import SCORE_KEY, use_adapter
-from utils.base_model import text_decoder
 from utils.console import InputError
 from utils.data import tokenize_sft
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from utils.base_model import BROKEN_MODEL, hidden_width, text_decoder
+from lora.base_model import BROKEN_MODEL, hidden_width, text_decoder
+from lora.sharding import fill_parameters, is_sharded
 from utils.console import InputError, one_line
-from utils.sharding import fill_parameters, is_sharded
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 

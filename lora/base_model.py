@@ -27,9 +27,9 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME
 
+from lora.sharding import loading_whole
 from utils.arguments import ModelArguments
 from utils.console import InputError, one_line, say
-from utils.sharding import loading_whole
 
 # What torch, PEFT, transformers and safetensors raise for files that are cut or damaged, or of another model.
 BROKEN_MODEL = (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
