@@ -498,7 +498,7 @@ def build_trainer(
         train_dataset=pairs.train,
         eval_dataset=pairs.evaluation,
         processing_class=tokenizer,
-        callbacks=[RunFiles(record or {})],
+        callbacks=[RunFiles(record or {}, pairs.train)],
         members=members,
     )
     check_state_dict(trainer)

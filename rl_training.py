@@ -27,7 +27,7 @@ policy's trunk and is saved.
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -56,6 +56,7 @@ from rollout.watch import Watch
 from runs.memory_plan import announce, ppo_plan
 from runs.resume import check_same_run, identity, settle_date
 from runs.run_files import RunFiles, run_record
+from runs.seen_prompts import new_prompts, warn_of_seen_prompts
 from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
 from utils import ppo
@@ -559,17 +560,18 @@ class PPOTrainer(ResumableTrainer):
         return super().is_finished() or self.watch.stopped
 
 
-def split_guard_prompts(rows: Dataset, count: int, needed: int) -> tuple[Dataset, Dataset]:
+def split_guard_prompts(rows: Dataset, count: int, needed: int, new: list[int]) -> tuple[Dataset, Dataset]:
     """Training prompts, and held-out ones for the guard: at most `count` and a tenth of all, spread over the rows.
 
-    Where that leaves fewer than the `needed` ones of an iteration, the guard looks at training prompts.
+    new: rows that no earlier stage has trained on; the guard gets these where they are enough.  Where too few prompts are
+    left for the `needed` ones of an iteration, the guard looks at training prompts.
     """
-    step = max(10, -(-len(rows) // count))
-    held_out = range(0, len(rows), step)
+    wanted = min(count, -(-len(rows) // 10))
+    pool = new if len(new) >= wanted else range(len(rows))
+    held_out = [pool[i * len(pool) // wanted] for i in range(wanted)]
     if len(rows) - len(held_out) < needed:
         return rows, rows.select(held_out)
-    kept = [i for i in range(len(rows)) if i % step]
-    return rows.select(kept), rows.select(held_out)
+    return rows.select(sorted({*range(len(rows))} - {*held_out})), rows.select(held_out)
 
 
 def longest_prompt(args: PPOArguments) -> int:
@@ -597,9 +599,16 @@ class Prompts(NamedTuple):
 
 
 def read_prompts(
-    data_args: DataArguments, args: PPOArguments, template: str, tokenizer: PreTrainedTokenizerBase
+    data_args: DataArguments,
+    args: PPOArguments,
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    adapters: Mapping[str, SavedAdapter],
 ) -> Prompts:
-    """Prompts for training, evaluation and guard.  Raises InputError where there are too few for an iteration."""
+    """Prompts for training, evaluation and guard.  Raises InputError where there are too few for an iteration.
+
+    adapters: what the run starts from, whose own training prompts are no good for the guard.
+    """
     longest = longest_prompt(args)
     train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_PREFERENCES)
     check_evaluation(args, eval_rows is not None)
@@ -611,8 +620,9 @@ def read_prompts(
         if evaluation is not None:
             guard = evaluation.select(range(min(args.guard_prompts, len(evaluation))))
         else:
-            train, guard = split_guard_prompts(train, args.guard_prompts, needed)
+            train, guard = split_guard_prompts(train, args.guard_prompts, needed, new_prompts(train, adapters))
             guard = number_rows(guard)
+        warn_of_seen_prompts(guard, adapters)
     if len(train) < needed:
         raise InputError(
             f"{len(train)} prompts are fewer than the {needed} of one iteration (--batch_size in each process); "
@@ -658,7 +668,7 @@ def build_trainer(
         train_dataset=prompts.train,
         eval_dataset=prompts.evaluation,
         processing_class=tokenizer,
-        callbacks=[RunFiles(record or {}, key="iteration")],
+        callbacks=[RunFiles(record or {}, prompts.train, key="iteration")],
         sampling=sampling,
         statistics=statistics,
         guard_dataset=prompts.guard,
@@ -694,7 +704,8 @@ def main() -> None:
     check_template(template, tokenizer)
     day = settle_date(tokenizer, template, data_args.prompt_date, checkpoint, sft, reward)
     first_token_ban(training_args.begin_suppress_tokens, tokenizer, ())  # before anything large is read
-    prompts = read_prompts(data_args, training_args, template, tokenizer)
+    adapters = {"sft_model_lora_path": sft, "reward_model_lora_path": reward}
+    prompts = read_prompts(data_args, training_args, template, tokenizer, adapters)
     if gold is not None:
         try_gold(gold, prompts.train[0]["prompt"])
 
@@ -718,7 +729,6 @@ def main() -> None:
         statistics = ScoreStatistics()
 
     # ---- Training ----
-    adapters = {"sft_model_lora_path": sft, "reward_model_lora_path": reward}
     same = {**identity(training_args, prompts.train, adapters), "prompt_date": day, "stop_token_ids": stop_ids}
     record = run_record("ppo", base, model_args, training_args, data=asdict(data_args), **same)
     check_same_run(record, checkpoint, model_args, data_args, training_args)

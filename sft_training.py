@@ -5,7 +5,7 @@
 
 Prompt and reply are tokenized apart (utils/data.py), the loss is on the reply alone, and the reply ends with EOS unless
 it was cut.  TRL's SFTTrainer trains; rows of similar length go through the model together.  Writes adapter_config.json,
-adapter_model.safetensors, the tokenizer, run.json and metrics.jsonl to --output_dir.
+adapter_model.safetensors, the tokenizer, run.json, seen_prompts.txt and metrics.jsonl to --output_dir.
 """
 
 import functools
@@ -164,7 +164,7 @@ def build_trainer(
         eval_dataset=evaluation,
         processing_class=tokenizer,
         peft_config=new_lora_config(lora_args, base, "CAUSAL_LM"),
-        callbacks=[RunFiles(record or {})],
+        callbacks=[RunFiles(record or {}, train)],
     )
     for parameter in trainer.model.parameters():  # TRL makes a 4-bit base's adapter bfloat16, where small steps vanish
         if parameter.requires_grad:

@@ -12,7 +12,7 @@ with broken replies are trained once, and every arm starts from them, with the s
     C  reward model trained with broken replies, EOS suppressed, floor, guard that stops; its result is best/
 
 Gold is the world's own judgement by rules (demo/gold.py), which no part of the training sees.  Curves are of the rollouts,
-64 replies each; the tables are of 240 held-out prompts.  Writes collapse.md, collapse.json and collapse.png; work that is
+64 replies each; the tables are of 192 held-out prompts.  Writes collapse.md, collapse.json and collapse.png; work that is
 already in --output_dir is not repeated.
 """
 
@@ -29,7 +29,6 @@ from demo.table import Row
 from utils.console import run_script
 from utils.files import read_jsonl, write_json
 
-GUARD_PROMPTS = 64
 PLAIN, ROBUST = "reward_plain", "reward_robust"
 WEAK = ["--allow_weak_reward", "true"]
 NO_CURE = [*WEAK, "--floor_broken_replies", "false", "--guard", "warn"]
@@ -56,9 +55,6 @@ def prepare(folder: Path, seed: int) -> None:
     make_world_and_sft(folder, seed)
     pairs = write_rows(folder / "pairs.jsonl", world.gapped_preference_rows(seed, 3200))
     held_out = write_rows(folder / "pairs_heldout.jsonl", world.gapped_preference_rows(seed, 400, held_out=True))
-    prompts = world.prompts(seed, 960)
-    write_rows(folder / "guard_prompts.jsonl", prompts[:GUARD_PROMPTS])
-    write_rows(folder / "prompts.jsonl", prompts[GUARD_PROMPTS:])
     train_reward(folder, seed, PLAIN, pairs, held_out, "--degenerate_ratio", "0")
     train_reward(folder, seed, ROBUST, pairs, held_out)
 
@@ -67,9 +63,8 @@ def run_arm(folder: Path, seed: int, arm: str, iterations: int) -> None:
     """PPO of one seed and arm."""
     reward, arguments = {**ARMS, **ABLATION}[arm]
     length = ["--steps", f"{iterations}", "--save_freq", f"{iterations}", "--lr_scheduler_type", "constant"]
-    guard = ["--eval_dataset", f"{folder}/guard_prompts.jsonl"]
     name = arm.replace(" ", "_")
-    train_ppo(folder, seed, name, reward, f"{folder}/prompts.jsonl", *length, *guard, *arguments)
+    train_ppo(folder, seed, name, reward, f"{folder}/world/prompts.jsonl", *length, *arguments)
 
 
 def read_arm(folder: Path, arm: str) -> dict[str, Any]:

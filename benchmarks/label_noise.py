@@ -4,7 +4,7 @@
 
 For each seed and share of flipped labels a reward model (chosen and rejected change places in that share of the training
 pairs; the held-out pairs stay as they are) and the demo's PPO run on it, with the guard only watching.  Gold of the last
-policy over the SFT model's, on 240 held-out prompts, against the accuracy that the card shows.  Writes label_noise.md and
+policy over the SFT model's, on 192 held-out prompts, against the accuracy that the card shows.  Writes label_noise.md and
 label_noise.json; work that is already in --output_dir is not repeated.
 """
 

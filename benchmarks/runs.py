@@ -71,6 +71,7 @@ def train_ppo(folder: Path, seed: int, name: str, reward: str, prompts: str, *mo
     shutil.rmtree(folder / name, ignore_errors=True)
     words = ["rl_training.py", "--config", "configs/ppo_demo.yaml", *common(folder, seed), "--dataset", prompts]
     words += ["--sft_model_lora_path", f"{folder}/sft", "--reward_model_lora_path", f"{folder}/{reward}"]
+    words += ["--eval_dataset", f"{folder}/world/guard_prompts.jsonl"]
     run_module(folder, f"{name}.log", *words, "--output_dir", f"{folder}/{name}", *more)
 
 

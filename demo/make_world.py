@@ -9,7 +9,8 @@ Writes, under the output folder:
     preferences.jsonl           prompt, chosen, rejected
     preferences_heldout.jsonl   the same, on held-out prompts
     prompts.jsonl               prompt, for PPO
-    heldout_prompts.jsonl       prompt, for the comparison at the end
+    guard_prompts.jsonl         prompt, that no stage trains on, for PPO's guard
+    heldout_prompts.jsonl       others of that kind, for the comparison at the end
 
 The base is pretrained on generated text for about a minute on two CPU cores. It writes the language and does not
 answer: no pretraining text has an answer in the prompt template. The same seed gives the same files.
@@ -46,7 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preference_rows", type=int, default=3200)
     parser.add_argument("--heldout_rows", type=int, default=400, help="held-out preference rows")
     parser.add_argument("--prompts", type=int, default=960, help="prompts for PPO")
-    parser.add_argument("--heldout_prompts", type=int, default=240)
+    parser.add_argument("--guard_prompts", type=int, default=48, help="held-out prompts that PPO's guard looks at")
+    parser.add_argument("--heldout_prompts", type=int, default=192)
     return parser.parse_args(argv)
 
 
@@ -148,12 +150,14 @@ def write_data(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
         return len(backend.encode(text, add_special_tokens=False))
 
     seed = args.seed
+    held_out = world.heldout_prompts(seed, args.heldout_prompts + args.guard_prompts)
     files = {
         "sft": world.sft_rows(seed, args.sft_rows),
         "preferences": world.preference_rows(seed, args.preference_rows, tokens=tokens),
         "preferences_heldout": world.preference_rows(seed, args.heldout_rows, held_out=True, tokens=tokens),
         "prompts": world.prompts(seed, args.prompts),
-        "heldout_prompts": world.heldout_prompts(seed, args.heldout_prompts),
+        "heldout_prompts": held_out[: args.heldout_prompts],
+        "guard_prompts": held_out[args.heldout_prompts :],
     }
     for name, rows in files.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: run.json, which says how it was made, and metrics.jsonl."""
+"""What a run leaves behind: run.json, which says how it was made, metrics.jsonl, and the prompts that it trained on."""
 
 import math
 import os
@@ -8,6 +8,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from datasets import Dataset
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from lora.base_model import base_fingerprint
+from runs.seen_prompts import write_seen_prompts
 from utils.arguments import ModelArguments
 from utils.files import append_jsonl, drop_rows_after, replace_jsonl, write_json
 
@@ -62,14 +64,15 @@ def _git_commit() -> str | None:
 
 
 class RunFiles(TrainerCallback):
-    """Writes run.json, and metrics.jsonl while the run goes on.
+    """Writes run.json and seen_prompts.txt, and metrics.jsonl while the run goes on.
 
     A run that is resumed starts with the lines that the checkpoint remembers, whatever the killed one wrote after it.
-    key: what global_step is called in metrics.jsonl, "step" or "iteration".
+    train: the rows that are trained on, tokenized; key: what global_step is called in metrics.jsonl, "step" or "iteration".
     """
 
-    def __init__(self, record: dict[str, Any], key: str = "step") -> None:
+    def __init__(self, record: dict[str, Any], train: Dataset, key: str = "step") -> None:
         self.record = record
+        self.train = train
         self.key = key
 
     def on_train_begin(
@@ -78,6 +81,7 @@ class RunFiles(TrainerCallback):
         if state.is_world_process_zero:
             os.makedirs(args.output_dir, exist_ok=True)
             write_json(self.record, args.output_dir, "run.json")
+            write_seen_prompts(self.train, args.output_dir)
             rows = [self.row(logs.pop("step"), logs) for logs in map(dict, state.log_history)]
             replace_jsonl(os.path.join(args.output_dir, "metrics.jsonl"), rows)
             for file in ("samples.jsonl", "nonfinite.jsonl"):

@@ -34,6 +34,7 @@ python reward_modeling.py --config configs/reward_demo.yaml --seed "$SEED" \
 step "stage 3: PPO"
 python rl_training.py --config configs/ppo_demo.yaml --seed "$SEED" \
   --model_name "$OUTPUT/world/base" --dataset "$OUTPUT/world/prompts.jsonl" \
+  --eval_dataset "$OUTPUT/world/guard_prompts.jsonl" \
   --sft_model_lora_path "$OUTPUT/sft" --reward_model_lora_path "$OUTPUT/reward" --output_dir "$OUTPUT/ppo" \
   --gold_function demo.gold:gold_score
 step "a standalone model of base + PPO adapter"

@@ -221,11 +221,21 @@ def test_the_first_look_is_at_the_sft_model(stages: Stages, tmp_path: Path) -> N
 
 
 def test_guard_prompts_are_held_out_of_training() -> None:
-    rows = Dataset.from_list([{"prompt": str(i)} for i in range(100)])
-    train, guard = split_guard_prompts(rows, count=64, needed=32)
+    rows, every = Dataset.from_list([{"prompt": str(i)} for i in range(100)]), list(range(100))
+    train, guard = split_guard_prompts(rows, 64, 32, every)
     assert len(guard) == 10
     assert sorted([*train["prompt"], *guard["prompt"]]) == sorted(rows["prompt"])
-    train, guard = split_guard_prompts(rows, count=5, needed=32)
-    assert (len(train), len(guard)) == (95, 5)
-    train, guard = split_guard_prompts(rows, count=64, needed=95)  # 90 would be too few for an iteration
+    train, guard = split_guard_prompts(rows, 5, 32, every)
+    assert (len(train), guard["prompt"]) == (95, ["0", "20", "40", "60", "80"])
+    train, guard = split_guard_prompts(rows, 64, 95, every)  # 90 would be too few for an iteration
     assert (len(train), len(guard)) == (100, 10)
+
+
+def test_the_guard_gets_prompts_that_no_stage_has_trained_on() -> None:
+    """best/ was chosen on prompts that SFT and the reward model had trained on: in the demo on 64 of 64."""
+    rows = Dataset.from_list([{"prompt": str(i)} for i in range(100)])
+    train, guard = split_guard_prompts(rows, 4, 32, [3, 10, 50, 51, 97, 98, 99])
+    assert guard["prompt"] == ["3", "10", "51", "98"]
+    assert sorted([*train["prompt"], *guard["prompt"]]) == sorted(rows["prompt"])
+    too_few = split_guard_prompts(rows, 4, 32, [3, 10, 50])[1]
+    assert too_few["prompt"] == ["0", "25", "50", "75"]
