@@ -60,7 +60,8 @@ PPO = {  # heading -> the metrics of stage 3, in the order in which they are sho
         Metric("kl", "objective/kl", KL, "nats a reply", "0 at first, then rises slowly, below `--kl_budget`",
                "  KL {:.2f}", picture=True),
         Metric("kl_k3", "objective/kl_k3", f"{KL}, k3 estimate", "nats a reply", "near `objective/kl`"),
-        Metric("kl_max", "objective/kl_max", "largest KL of a reply", "nats", "a few times the mean"),
+        Metric("kl_max", "objective/kl_max", "largest KL of a reply", "nats",
+               "a few times the mean; at first rounding alone, in float32 below 1e-6 a token"),
         Metric("kl_coef", "objective/kl_coef", "weight of the KL penalty", "", "constant; moves with `--adap_kl_ctrl`"),
     ),
     "Replies and entropy": (

@@ -81,8 +81,8 @@ def test_the_policy_starts_as_the_sft_model(stages: Stages, tmp_path: Path, shap
     trainer.train()
     metrics = read_jsonl(str(tmp_path / "metrics.jsonl"))[0]
     assert metrics["iteration"] == 1
-    assert metrics["kl_max"] <= 1e-5
-    assert abs(metrics["kl"]) <= 1e-5
+    assert metrics["kl_max"] <= 1e-6 * trainer.args.output_max_length  # rounding adds up over the tokens of a reply
+    assert abs(metrics["kl"]) <= 1e-6 * trainer.args.output_max_length
     assert metrics["ratio_first"] == pytest.approx(1, abs=1e-5)
     assert ratios[0] == metrics["ratio_first"]  # of all ratios in the first minibatch, the one farthest from 1
     assert abs(ratios[-1] - 1) > 1e-3
@@ -101,7 +101,7 @@ def test_no_dropout_in_any_part(dropout_stages: Stages, tmp_path: Path) -> None:
     trainer.train()
     assert model.training
     assert trainer.state.log_history[0]["ratio_first"] == pytest.approx(1, abs=1e-5)
-    assert trainer.state.log_history[0]["kl_max"] <= 1e-5
+    assert trainer.state.log_history[0]["kl_max"] <= 1e-6 * trainer.args.output_max_length
 
 
 # ---------------------------------------------------------------------------------------------------------------------
