@@ -4,7 +4,8 @@
 
 For each seed and share of flipped labels a reward model (chosen and rejected change places in that share of the training
 pairs; the held-out pairs stay as they are) and the demo's PPO run on it, with the guard only watching.  Gold of the last
-policy over the SFT model's, on 192 held-out prompts, against the accuracy that the card shows.  Writes label_noise.md and
+policy over the SFT model's, on 192 held-out prompts, against the accuracy that the card shows, and the one that it would
+show where the held-out labels are flipped too, as in a user's data.  Writes label_noise.md and
 label_noise.json; work that is already in --output_dir is not repeated.
 """
 
@@ -64,13 +65,16 @@ def read_seed(folder: Path, shares: list[float]) -> list[dict[str, Any]]:
 def table(seeds: dict[int, list[dict[str, Any]]]) -> list[str]:
     """A row a seed and share."""
     lines = [
-        "| flipped | seed | accuracy (95% interval) | failed probes | SFT gold | PPO gold | PPO / SFT | tokens a reply |",
-        "|" + "---|" * 8,
+        "| flipped | seed | accuracy (95% interval) | by flipped labels | failed probes | SFT gold | PPO gold "
+        "| PPO / SFT | tokens a reply |",
+        "|" + "---|" * 9,
     ]
     rows = sorted((row["flipped"], seed, row) for seed, found in seeds.items() for row in found)
     for flipped, seed, row in rows:
         low, high = row["interval"]
-        cells = [f"{flipped:.0%}", seed, f"{row['accuracy']:.3f} ({low:.3f} to {high:.3f})", row["probes_below"]]
+        cells = [f"{flipped:.0%}", seed, f"{row['accuracy']:.3f} ({low:.3f} to {high:.3f})"]
+        by_flipped = row["accuracy"] * (1 - flipped) + (1 - row["accuracy"]) * flipped  # what is expected
+        cells += [f"{by_flipped:.3f}", row["probes_below"]]
         cells += [f"{row['sft_gold']:.3f}", f"{row['gold']:.3f}", f"{row['gold'] / row['sft_gold']:.2f}"]
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['length']:.1f}"])) + " |")
     return lines
