@@ -140,14 +140,15 @@ def saved_outputs(folder: str, as_classifier: bool, trust_remote_code: bool) -> 
 def largest_difference(expected: Tensor, found: Tensor, dtype: torch.dtype) -> float:
     """Largest difference, as a share of the largest expected number (of 1 where all are smaller).
 
-    Raises RuntimeError when it is too large for `dtype`, or not a number.
+    Raises InputError when it is too large for `dtype`, or not a number.
     """
     scale = max(1.0, float(expected.abs().max()))
     difference = float((expected - found).abs().max()) / scale
     if not difference <= TOLERANCE[dtype]:  # nan compares as False
-        raise RuntimeError(
+        raise InputError(
             f"the saved model differs from base + adapter by {difference:.1e} of its largest output, more than the "
-            f"{TOLERANCE[dtype]:.0e} that {dtype} explains; nothing was written"
+            f"{TOLERANCE[dtype]:.0e} that {dtype} explains (does the base use a layer twice?), so nothing was written; "
+            "keep base and adapter apart"
         )
     return difference
 

@@ -41,7 +41,7 @@ from utils.arguments import (
 )
 from utils.batching import sft_part_size
 from utils.chat_template import stop_token_ids
-from utils.console import run_script, say
+from utils.console import InputError, run_script, say
 from utils.data import check_template, tokenize_sft, train_and_eval_rows
 from utils.offered import EVERY_STAGE, FIRST_STAGES
 
@@ -65,6 +65,9 @@ class SFTArguments(ResumableArguments, SFTConfig):
     activation_checkpointing: bool | None = field(
         default=False, metadata={"help": "Compute activations again in the backward pass: less memory, a third slower."}
     )
+
+    # The loss is over response tokens and nothing else; TRL would add the experts' balance, once for each part of a step.
+    router_aux_loss_coef: float | None = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         default_autocast(self)
@@ -157,6 +160,8 @@ def build_trainer(
 
     train, evaluation: from `tokenize_sft`; record: content of run.json.
     """
+    if base.base_model is base:  # Llama 4 has its decoder under another name than it says, where TRL looks for it
+        base.base_model_prefix = "model"
     trainer = SortedSFTTrainer(
         model=base,
         args=args,
@@ -169,8 +174,36 @@ def build_trainer(
     for parameter in trainer.model.parameters():  # TRL makes a 4-bit base's adapter bfloat16, where small steps vanish
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    trainer.model_accepts_loss_kwargs = (
+        True  # TRL's forward pass takes the number of tokens, whatever the base's own does
+    )
     check_state_dict(trainer)
+    check_loss(trainer, train[0])
     return trainer
+
+
+@torch.no_grad()
+def check_loss(trainer: SortedSFTTrainer, row: dict[str, list[int]]) -> None:
+    """Make sure that the loss of a row, for which TRL makes logits of its own, is that of the model's logits.
+
+    Raises InputError if it is not: TRL does not know every family's scale and soft cap.
+    """
+    model, args = trainer.model, trainer.args
+    inputs = {name: torch.tensor([row[name]], device=args.device) for name in ("input_ids", "labels")}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    was_training = model.training
+    model.eval()
+    with trainer.compute_loss_context_manager():
+        theirs = float(model(**inputs, fused_lm_head=True).loss)
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    model.train(was_training)
+    own = float(nn.functional.cross_entropy(logits[0, :-1].float(), inputs["labels"][0, 1:]))
+    exact = next(model.parameters()).dtype == torch.float32 and not (args.bf16 or args.fp16)
+    if not abs(theirs - own) <= (1e-3 if exact else 3e-2) * max(1.0, own):  # NaN is refused too
+        raise InputError(
+            f"TRL's loss does not fit {type(model.get_base_model()).__name__}: {theirs:.4f} on the first row, where its "
+            f"own logits give {own:.4f}; give another base, or an SFT adapter that was trained by another tool"
+        )
 
 
 def main() -> None:

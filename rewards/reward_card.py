@@ -16,6 +16,8 @@ from utils.console import InputError
 from utils.files import read_json_object
 
 CARD_FILE = "reward_card.json"
+# Share of the held-out pairs; the least with which PPO still gained in docs/reference_runs/label_noise.md.
+MIN_ACCURACY = 0.55
 PROBE_THRESHOLD = 0.95  # share of the prompts where the good response has to beat the broken one, for each kind
 SAME_LENGTH = 0.1  # two responses are equally long when they differ by at most this share of the longer one
 SHORT_SHARE = 0.2  # the chosen responses up to this quantile of their lengths are the short good ones
@@ -173,14 +175,16 @@ def make_card(
 def verdict(card: dict[str, Any], exempt: Sequence[str] = (), threshold: float = PROBE_THRESHOLD) -> dict[str, Any]:
     """`passed`, `threshold`, `exempt`, and `failed`: what is below the threshold, in words.
 
-    A model passes when the whole interval of its accuracy is above chance and every probe that is not exempt reaches the
-    threshold.
+    A model passes when its accuracy is at least MIN_ACCURACY with the whole interval above chance, and every probe that is
+    not exempt reaches the threshold.
     """
     failed = []
     low, high = card["accuracy_ci95"]
     if low <= 0.5:
         interval = f"(95% interval {low:.3f} to {high:.3f})"
         failed.append(f"accuracy {card['accuracy']:.3f} on held-out pairs {interval} may be chance")
+    elif card["accuracy"] < MIN_ACCURACY:
+        failed.append(f"accuracy {card['accuracy']:.3f} on held-out pairs (wanted {MIN_ACCURACY})")
     for kind, share in card["probes"].items():
         if share < threshold and kind not in exempt:
             failed.append(f"probe {kind} {share:.3f} (wanted {threshold})")

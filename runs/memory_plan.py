@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from lora.adapters import SavedAdapter
@@ -229,6 +229,12 @@ def dry_run(model: PeftModel, rows: int, length: int, args: TrainingArguments, t
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def head_widths(config: PreTrainedConfig) -> list[int]:
+    """Numbers of a query head in each layer, which differ in Gemma 4."""
+    layers = list(config.per_layer_config) or [config] * config.num_hidden_layers
+    return [getattr(layer, "head_dim", None) or config.hidden_size // config.num_attention_heads for layer in layers]
+
+
 def cache_bytes(base: PreTrainedModel, rows: int, length: int) -> int:
     """Keys and values of every layer: layers * 2 * B * L * key-value heads * head width, in the type of the base.
 
@@ -238,8 +244,7 @@ def cache_bytes(base: PreTrainedModel, rows: int, length: int) -> int:
     if not hasattr(config, "num_attention_heads"):
         return 0
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers * 2 * rows * length * heads * width * base.dtype.itemsize
+    return 2 * rows * length * heads * sum(head_widths(config)) * base.dtype.itemsize
 
 
 def sampling_phases(model: PeftModel, rows: int, prompt: int, reply: int, args: TrainingArguments) -> dict[str, dict]:
@@ -251,9 +256,8 @@ def sampling_phases(model: PeftModel, rows: int, prompt: int, reply: int, args: 
     """
     base = model.get_base_model()
     config = base.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 0)
-    width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
-    repeated = 2 * rows * (prompt + reply) * heads * width * base.dtype.itemsize
+    width = max(head_widths(config)) if hasattr(config, "num_attention_heads") else 0
+    repeated = 2 * rows * (prompt + reply) * getattr(config, "num_attention_heads", 0) * width * base.dtype.itemsize
     return {
         "reading prompts": {
             "KV cache": cache_bytes(base, rows, prompt),

@@ -319,7 +319,7 @@ def test_a_wrong_result_is_not_kept(kind, stages, tmp_path, merge, monkeypatch):
         head = load_file(Path(stages.reward) / "adapter_model.safetensors")["base_model.model.score.weight"]
         monkeypatch.setattr(merge_lora, "add_score_head", lambda base: with_head(base, head))
     more = ["--as_classifier"] if kind == "reward" else []
-    with pytest.raises(RuntimeError, match=r"differs from base \+ adapter by .*; nothing was written"):
+    with pytest.raises(InputError, match=r"differs from base \+ adapter by .*, so nothing was written"):
         merge(stages.base, getattr(stages, kind), tmp_path / "out" / "merged", *more)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -331,7 +331,7 @@ def with_head(base: torch.nn.Module, weight: torch.Tensor) -> None:
 
 def test_nan_is_a_wrong_result():
     expected = torch.tensor([1.0, 2.0])
-    with pytest.raises(RuntimeError, match="by nan"):
+    with pytest.raises(InputError, match="by nan"):
         merge_lora.largest_difference(expected, torch.tensor([1.0, float("nan")]), torch.float32)
     assert merge_lora.largest_difference(expected, torch.tensor([1.0, 2.0001]), torch.float32) == pytest.approx(
         5e-5, rel=1e-2

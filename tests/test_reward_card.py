@@ -168,6 +168,13 @@ def test_accuracy_that_may_be_chance_fails() -> None:
     assert result["failed"] == ["accuracy 0.560 on held-out pairs (95% interval 0.490 to 0.630) may be chance"]
 
 
+def test_accuracy_above_chance_by_a_hair_fails() -> None:
+    """On many pairs 0.53 was surely no chance and passed, though nobody has seen PPO gain with so little."""
+    result = verdict({"accuracy": 0.53, "accuracy_ci95": [0.515, 0.545], "probes": {}})
+    assert result["failed"] == ["accuracy 0.530 on held-out pairs (wanted 0.55)"]
+    assert verdict({"accuracy": 0.55, "accuracy_ci95": [0.535, 0.565], "probes": {}})["passed"] is True
+
+
 # ---- Files ----
 
 
