@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -34,9 +35,11 @@ from rollout.model import assemble_ppo_model
 from rollout.sampler import generate_responses
 from tests.conftest import FAMILIES, make_model, make_tokenizer, save_base, write_rows
 from tests.helpers import Stages, independent_logprobs, load_plain, make_stages, run_main, strengthen
+from tests.stress.families import plain_loss
 from tests.tiny import tiny_model
-from utils.arguments import LoraArguments, ModelArguments
+from utils.arguments import DEFAULT_TEMPLATE, LoraArguments, ModelArguments
 from utils.console import InputError
+from utils.data import tokenize_sft
 from utils.files import read_jsonl
 
 QUERIES = [[5, 9, 33, 7], [41], [100, 60, 61, 62, 63, 64, 65]]
@@ -329,6 +332,36 @@ def test_replies_of_any_family_are_those_of_one_row_at_a_time(family, unlike):
         expected = independent_logprobs(model, query, reply, sampling)
         assert_close(replies.statistics.logprobs[row, : len(reply)], expected, rtol=1e-3, atol=1e-4)
     assert model.cache_is_exact == (family not in ("recurrent_gemma", "rwkv"))
+
+
+def run_sft(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One SFT step of a tiny base on rows of different lengths, in two parts: returns the base's folder."""
+    tiny_model(family).save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    rows = [{"prompt": f"What is {word}?", "response": f"{word} is good" + "!" * n} for n, word in enumerate("abcd")]
+    words = ["--model_name", str(folder / "base"), "--dataset", write_rows(folder / "sft.jsonl", rows), "--lora_r", "2"]
+    words += ["--max_steps", "1", "--logging_steps", "1", "--per_device_train_batch_size", "4", "--lora_dropout", "0"]
+    run_main(sft_training, [*words, "--save_strategy", "no", "--output_dir", str(folder / "sft")], monkeypatch)
+    return folder / "base"
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "olmoe", "llama4_text", "gemma4"])
+def test_the_sft_loss_is_that_of_the_models_own_logits(family, tmp_path, monkeypatch):
+    """TRL's own forward pass died over Granite MoE and Llama 4, and added the experts' balance to the loss of others.
+
+    Gemma 4 takes no number of tokens in its own forward pass, and was trained as if its first step were an evaluation.
+    """
+    base = AutoModelForCausalLM.from_pretrained(run_sft(family, tmp_path, monkeypatch)).eval()
+    rows = tokenize_sft(Dataset.from_json(str(tmp_path / "sft.jsonl")), DEFAULT_TEMPLATE, make_tokenizer(), 1024)
+    loss = json.loads((tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert loss == pytest.approx(float(plain_loss(base, rows)), rel=1e-4)
+
+
+def test_a_base_whose_logits_trl_does_not_know_is_refused_by_stage_1(tmp_path, monkeypatch):
+    """Recurrent Gemma caps its logits under a name of its own; TRL trained on others, 1.8 nats away, without a word."""
+    with pytest.raises(InputError, match=r"TRL's loss does not fit RecurrentGemmaForCausalLM: .* give another base"):
+        run_sft("recurrent_gemma", tmp_path, monkeypatch)
+    assert not (tmp_path / "sft" / "adapter_config.json").exists()
 
 
 def test_a_base_that_sees_later_tokens_is_refused(tmp_path):

@@ -22,8 +22,10 @@ from rollout.distribution import Sampling, sampling_logits
 from rollout.logprobs import logit_bytes, tiled_logprobs
 from rollout.model import assemble_ppo_model
 from runs import memory_plan
+from runs.memory_plan import head_widths
 from tests.conftest import FAMILIES, save_base
 from tests.helpers import load_plain, make_stages, run_main
+from tests.tiny import tiny_model
 from utils.arguments import LoraArguments, ModelArguments
 from utils.console import InputError
 
@@ -481,3 +483,9 @@ def test_a_cgroup_limits_what_is_available(tmp_path, monkeypatch):
     assert memory_plan.available_bytes(torch.device("cpu")) == 8000 * 1024 + 7
     files.clear()
     assert memory_plan.available_bytes(torch.device("cpu")) is None
+
+
+def test_heads_of_different_widths_are_counted():
+    """Gemma 4 has wider heads in its layers of full attention, and the plan of stage 3 died over it."""
+    assert head_widths(tiny_model("gemma4_text").config) == [8, 512]
+    assert head_widths(tiny_model("llama").config) == [8, 8]
