@@ -27,7 +27,7 @@ policy's trunk and is saved.
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,11 +43,26 @@ from reporting.metrics import EVALUATED
 from reporting.plots import draw_curves
 from reporting.progress import IterationLines
 from reporting.trackers import use_grouped_names
-from rewards.gold_function import Gold, load_gold, try_gold
 from rewards.guard import Guard, Limits
-from rewards.scores import ScoreRules, ScoreStatistics, read_statistics
+from rewards.reward_functions import RewardFunction, carried_columns, load_function, load_functions, try_function
+from rewards.scores import (
+    REWARD_MODEL,
+    ScoreRules,
+    ScoreStatistics,
+    measure_scores,
+    part_weights,
+    read_statistics,
+)
 from rollout.distribution import Sampling, check_output_logits, first_token_ban
-from rollout.experience import OF_POLICY, Collector, Experience, describe, describe_all, warn_where_few_end
+from rollout.experience import (
+    OF_POLICY,
+    Collector,
+    Experience,
+    describe,
+    describe_all,
+    describe_functions,
+    warn_where_few_end,
+)
 from rollout.logprobs import logprobs_fn
 from rollout.model import assemble_ppo_model, start_critic
 from rollout.policy_files import PolicyFiles
@@ -76,6 +91,8 @@ from utils.console import InputError, run_script, say
 from utils.data import check_template, tokenize_prompts, train_and_eval_rows
 from utils.files import append_jsonl, write_json
 from utils.offered import EVERY_STAGE
+
+FIRST_REPLIES = 64  # of the SFT model, by which the reward functions are normalised
 
 
 @dataclass
@@ -133,8 +150,26 @@ class PPOArguments(ResumableArguments, TrainingArguments):
         default=0.1, metadata={"help": "Too far: KL to the rollout policy above 1.5 times this, in nats a token."}
     )
     reward_baseline: float = field(default=0.0, metadata={"help": "Subtracted from every normalised score."})
+    reward_function: str | None = field(
+        default=None,
+        metadata={
+            "help": "MODULE:NAME of a Python function of your own that judges replies, beside the reward adapter or without "
+            "one; several joined by commas.  docs/reward_functions.md has the forms."
+        },
+    )
+    reward_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the --reward_function, joined by commas; one more in front is the reward adapter's.  "
+            "Default: 1 each."
+        },
+    )
     normalize_scores: bool = field(
-        default=True, metadata={"help": "Subtract the reward card's mean and divide by its standard deviation."}
+        default=True,
+        metadata={
+            "help": "Subtract the mean and divide by the standard deviation: of the reward card, and for each reward "
+            "function of the SFT model's own replies."
+        },
     )
     score_clip: float = field(default=5.0, metadata={"help": "Normalised scores are clipped to +- this."})
     missing_eos_penalty: float = field(
@@ -172,8 +207,8 @@ class PPOArguments(ResumableArguments, TrainingArguments):
     gold_function: str | None = field(
         default=None,
         metadata={
-            "help": "MODULE:NAME of a Python function (prompt, response) -> number of your own, such as a rule or a "
-            "verifier.  It is measured and logged beside the score; neither training nor guard see it."
+            "help": "MODULE:NAME of a Python function of your own, such as a rule or a verifier, in the forms of "
+            "--reward_function.  It is measured and logged beside the score; neither training nor guard see it."
         },
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
@@ -283,32 +318,35 @@ class PPOTrainer(ResumableTrainer):
         self,
         *args: Any,
         sampling: Sampling,
-        statistics: ScoreStatistics,
+        rules: ScoreRules,
+        functions: Sequence[RewardFunction] = (),
         guard_dataset: Dataset | None = None,
-        gold: Gold | None = None,
+        gold: RewardFunction | None = None,
         record: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """guard_dataset: held-out prompts for the guard, None for no guard; gold: what is only measured; record: run.json,
-        for the one in best/."""
+        """rules: without statistics of a function, these are measured at the start; guard_dataset: held-out prompts for the
+        guard, None for no guard; gold: what is only measured; record: run.json, for the one in best/."""
         super().__init__(*args, data_collator=lambda rows: rows, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.kl_coef = self.args.init_kl_coef
-        rules = ScoreRules(
-            statistics=statistics,
-            baseline=self.args.reward_baseline,
-            missing_eos_penalty=self.args.missing_eos_penalty,
-            clip=self.args.score_clip,
-            floor_broken=self.args.floor_broken_replies,
-        )
+        self.score_rules = rules
         self.collector = Collector(
-            self.accelerator, self.args, self.model, self.processing_class, sampling, rules, gold
+            self.accelerator,
+            self.args,
+            self.model,
+            self.processing_class,
+            sampling,
+            rules,
+            functions,
+            gold,
+            lambda: self.state,
         )
         guard = Guard(Limits(self.args.kl_budget), self.args.guard_patience)
         self.policy_files = PolicyFiles(
             lambda: self.accelerator.unwrap_model(self.model),
             self.processing_class,
-            lambda: {"kl_coef": self.kl_coef, "guard": guard.state()},
+            lambda: {"kl_coef": self.kl_coef, "guard": guard.state(), "score_statistics": rules.statistics},
         )
         self.watch = Watch(
             guard,
@@ -334,6 +372,7 @@ class PPOTrainer(ResumableTrainer):
         started = time.perf_counter()
         # eval() for good: dropout is 0 anyway, but train() is what switches activation checkpointing on
         model.train(self.args.activation_checkpointing)
+        self.measure_functions()
         if self.watch.is_on and not self.watch.guard.baselines:
             self.watch.look(0)  # the SFT model, which everything is compared with
 
@@ -358,6 +397,17 @@ class PPOTrainer(ResumableTrainer):
 
         # 5. metrics, KL weight, guard, samples
         return self.finish(experience, rewards, returns, update, started)
+
+    def measure_functions(self) -> None:
+        """Mean and deviation of each reward function that has none yet, on the SFT model's replies to some prompts."""
+        names = [name for name in self.score_rules.weights if name not in self.score_rules.statistics]
+        if names:
+            self.score_rules.statistics |= dict.fromkeys(names, ScoreStatistics())
+            prompts = self.train_dataset.select(range(min(FIRST_REPLIES, len(self.train_dataset))))
+            found = list(self.respond_to_all(prompts, 0))
+            for name in names:
+                scores = torch.cat([experience.parts[name] for experience in found])
+                self.score_rules.statistics[name] = measure_scores(scores)
 
     def collect(self, model: nn.Module, rows: list[dict[str, Any]]) -> Experience:
         """One response to each prompt of this process, with seeds from iteration and row; gathered from all processes."""
@@ -468,6 +518,7 @@ class PPOTrainer(ResumableTrainer):
         mask, iteration = experience.mask, self.state.global_step
         metrics = {
             **describe(experience),
+            **describe_functions([experience]),
             **update,
             "reward_mean": float((rewards * mask).sum(1).mean()),
             "returns_mean": float(ppo.masked_mean(returns, mask)),
@@ -514,12 +565,14 @@ class PPOTrainer(ResumableTrainer):
 
     def respond_to_all(self, dataset: Dataset, iteration: int) -> Iterator[Experience]:
         """Experience of all prompts of a data set, seeds by prompt.  iteration: after which one this is."""
+        self.measure_functions()
         return self.collector.respond_to_all(self.model_wrapped, dataset, iteration, self.note_nonfinite)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Respond to every held-out prompt with fixed seeds, log eval_* measures.  Changes nothing in training."""
-        measures = describe_all(self.respond_to_all(self.eval_dataset, self.state.global_step))
-        metrics = {f"eval_{name}": value for name, value in measures.items() if name in EVALUATED}
+        measures = describe_all(list(self.respond_to_all(self.eval_dataset, self.state.global_step)))
+        wanted = {name for name in measures if name in EVALUATED or name.startswith("reward/")}
+        metrics = {f"eval_{name}": value for name, value in measures.items() if name in wanted}
         if "gold_mean" in measures:
             metrics["eval_gold"] = measures["gold_mean"]
         self.log(metrics)
@@ -550,6 +603,8 @@ class PPOTrainer(ResumableTrainer):
         """Fill policy adapter, critic and value head from a checkpoint."""
         state = self.policy_files.load(resume_from_checkpoint)
         self.kl_coef = state["kl_coef"]
+        measured = state.get("score_statistics", {})  # of the run's first replies
+        self.score_rules.statistics |= {name: ScoreStatistics(*measured[name]) for name in measured}
         self.watch.restore(state["guard"], resume_from_checkpoint)
 
     def add_to_checkpoint(self, folder: str) -> None:
@@ -604,16 +659,22 @@ def read_prompts(
     template: str,
     tokenizer: PreTrainedTokenizerBase,
     adapters: Mapping[str, SavedAdapter],
+    functions: Sequence[RewardFunction] = (),
 ) -> Prompts:
-    """Prompts for training, evaluation and guard.  Raises InputError where there are too few for an iteration.
+    """Prompts for training, evaluation and guard, with the columns that the functions get.
 
-    adapters: what the run starts from, whose own training prompts are no good for the guard.
+    adapters: what the run starts from, whose own training prompts are no good for the guard.  Raises InputError where there
+    are too few for an iteration.
     """
     longest = longest_prompt(args)
     train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_PREFERENCES)
     check_evaluation(args, eval_rows is not None)
-    train = tokenize_prompts(train_rows, template, tokenizer, longest)
-    evaluation = eval_rows and number_rows(tokenize_prompts(eval_rows, template, tokenizer, longest))
+
+    def tokenized(rows: Dataset) -> Dataset:
+        return tokenize_prompts(rows, template, tokenizer, longest, carried_columns(functions, rows.column_names))
+
+    train = tokenized(train_rows)
+    evaluation = eval_rows and number_rows(tokenized(eval_rows))
     needed = args.batch_size * args.world_size
     guard = None
     if args.guard != "off":
@@ -631,23 +692,51 @@ def read_prompts(
     return Prompts(number_rows(train), evaluation, guard)
 
 
+def read_functions(args: PPOArguments) -> tuple[list[RewardFunction], RewardFunction | None]:
+    """The reward functions, and gold.  Raises InputError where nothing would give a score."""
+    functions = [] if args.reward_function is None else load_functions("--reward_function", args.reward_function)
+    if not functions and args.reward_model_lora_path is None:
+        raise InputError(
+            "nothing says what a good reply is; add --reward_model_lora_path FOLDER, --reward_function MODULE:NAME or both"
+        )
+    if args.critic == "adapter" and args.reward_model_lora_path is None:
+        raise InputError(
+            "--critic adapter starts as the reward adapter, and there is none; give --reward_model_lora_path, or --critic "
+            "head"
+        )
+    part_weights(
+        args.reward_weights, [function.name for function in functions], args.reward_model_lora_path is not None
+    )
+    return functions, None if args.gold_function is None else load_function("--gold_function", args.gold_function)
+
+
 def build_trainer(
     args: PPOArguments,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: tuple[int, ...],
     sft: SavedAdapter,
-    reward: SavedAdapter,
+    reward: SavedAdapter | None,
     prompts: Prompts,
     statistics: ScoreStatistics,
-    gold: Gold | None = None,
+    gold: RewardFunction | None = None,
     record: dict[str, Any] | None = None,
+    functions: Sequence[RewardFunction] = (),
 ) -> PPOTrainer:
     """The learner with everything around it, ready to train.  Changes `base`, which gets adapters and heads.
 
     stop_ids: of `stop_token_ids`; statistics: of the reward model's scores; gold: what is only measured; record: content of
-    run.json.
+    run.json; functions: parts of the score.
     """
+    weights = part_weights(args.reward_weights, [function.name for function in functions], reward is not None)
+    rules = ScoreRules(
+        statistics={name: statistics for name in weights if name == REWARD_MODEL or not args.normalize_scores},
+        weights=weights,
+        baseline=args.reward_baseline,
+        missing_eos_penalty=args.missing_eos_penalty,
+        clip=args.score_clip,
+        floor_broken=args.floor_broken_replies,
+    )
     sampling = Sampling(
         stop_token_ids=stop_ids,
         pad_token_id=tokenizer.pad_token_id,
@@ -670,7 +759,8 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[RunFiles(record or {}, prompts.train, key="iteration")],
         sampling=sampling,
-        statistics=statistics,
+        rules=rules,
+        functions=functions,
         guard_dataset=prompts.guard,
         gold=gold,
         record=record,
@@ -689,11 +779,13 @@ def main() -> None:
     )
     dtype, checkpoint = start_stage("ppo", model_args, training_args, plan_args.plan)
     sft = read_adapter(training_args.sft_model_lora_path, "--sft_model_lora_path")
-    reward = read_adapter(training_args.reward_model_lora_path, "--reward_model_lora_path")
     check_kind(sft, "--sft_model_lora_path", needs_score_head=False)
-    check_kind(reward, "--reward_model_lora_path", needs_score_head=True)
+    functions, gold = read_functions(training_args)
+    reward = None
+    if training_args.reward_model_lora_path is not None:
+        reward = read_adapter(training_args.reward_model_lora_path, "--reward_model_lora_path")
+        check_kind(reward, "--reward_model_lora_path", needs_score_head=True)
     longest_prompt(training_args)
-    gold = None if training_args.gold_function is None else load_gold(training_args.gold_function)
     announce(lambda: ppo_plan(model_args, training_args, sft, reward, dtype), model_args, training_args, plan_args.plan)
     if plan_args.plan:
         return
@@ -704,10 +796,11 @@ def main() -> None:
     check_template(template, tokenizer)
     day = settle_date(tokenizer, template, data_args.prompt_date, checkpoint, sft, reward)
     first_token_ban(training_args.begin_suppress_tokens, tokenizer, ())  # before anything large is read
-    adapters = {"sft_model_lora_path": sft, "reward_model_lora_path": reward}
-    prompts = read_prompts(data_args, training_args, template, tokenizer, adapters)
-    if gold is not None:
-        try_gold(gold, prompts.train[0]["prompt"])
+    adapters = {"sft_model_lora_path": sft} | ({} if reward is None else {"reward_model_lora_path": reward})
+    judges = [*functions, *([] if gold is None else [gold])]
+    prompts = read_prompts(data_args, training_args, template, tokenizer, adapters, judges)
+    for function in judges:
+        try_function(function, prompts.train[0], tokenizer.eos_token_id)
 
     # ---- Model ----
     base = load_base(model_args, dtype, training_args.device)
@@ -716,29 +809,34 @@ def main() -> None:
     longest = max(map(len, queries)) + training_args.output_max_length
     check_lengths(base, longest, "the longest prompt with its reply", "--max_length or --output_max_length")
     check_adapter(sft, "--sft_model_lora_path", False, template, base)
-    check_adapter(reward, "--reward_model_lora_path", True, template, base)
+    if reward is not None:
+        check_adapter(reward, "--reward_model_lora_path", True, template, base)
     if sft.frozen_parts:
         say(
             f"note: {sft.path} has its own {', '.join(sft.frozen_parts)}; the policy keeps them, PPO trains LoRA weights"
         )
     stop_ids = stop_token_ids(tokenizer, template, base.generation_config)
-    for adapter in (sft, reward):
+    for adapter in filter(None, (sft, reward)):
         check_reply_end(adapter.path, adapter.run, stop_ids, tokenizer)
-    statistics = read_statistics(reward, training_args.allow_weak_reward)
-    if not training_args.normalize_scores:
-        statistics = ScoreStatistics()
+    statistics = ScoreStatistics()
+    if reward is not None:
+        of_card = read_statistics(reward, training_args.allow_weak_reward)
+        statistics = of_card if training_args.normalize_scores else statistics
 
     # ---- Training ----
     same = {**identity(training_args, prompts.train, adapters), "prompt_date": day, "stop_token_ids": stop_ids}
     record = run_record("ppo", base, model_args, training_args, data=asdict(data_args), **same)
     check_same_run(record, checkpoint, model_args, data_args, training_args)
-    trainer = build_trainer(training_args, base, tokenizer, stop_ids, sft, reward, prompts, statistics, gold, record)
+    trainer = build_trainer(
+        training_args, base, tokenizer, stop_ids, sft, reward, prompts, statistics, gold, record, functions
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # ---- Save ----
     trainer.save_model()
     if trainer.is_world_process_zero():
-        write_json({**record, **trainer.watch.outcome()}, training_args.output_dir, "run.json")
+        measured = {"score_statistics": trainer.score_rules.statistics} if functions else {}
+        write_json({**record, **measured, **trainer.watch.outcome()}, training_args.output_dir, "run.json")
         draw_curves(training_args.output_dir)
     say(f"PPO adapter: {training_args.output_dir}")
     best = trainer.watch.guard.best

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 KL, GOLD, HELD_OUT = "KL to the SFT model", "gold (your own measure)", "held-out: "
-SCORE, CARD_SCORE = "score (reward model)", "score in the reward card's units"
+SCORE, CARD_SCORE = "score", "normalised score"
+
+PART_TITLES = {"mean": "mean score", "std": "standard deviation", "none": "share of replies that it does not apply to"}
 
 
 class Metric(NamedTuple):
@@ -168,6 +170,11 @@ def metric_of(name: str) -> Metric:
     """What is known of a metric, `tracker` being its name in stage 3; others keep their name and go to other/."""
     if name in KNOWN:
         return KNOWN[name]
+    of_part = re.fullmatch(r"(eval_|heldout/|)reward/(.+)/(mean|std|none)", name)
+    if of_part is not None:
+        held_out, part, kind = of_part.groups()
+        tracker = name.replace("eval_", "eval/", 1) if held_out == "eval_" else name
+        return Metric(name, tracker, (HELD_OUT if held_out else "") + f"{part}, {PART_TITLES[kind]}")
     if name.startswith("eval_"):
         short = name.removeprefix("eval_")
         known = KNOWN.get(short, Metric(short, short, short))

@@ -108,7 +108,10 @@ class Grouped:
         step = state.global_step
         # the SFT model's replies, and those of every checkpoint
         shown = step in (1, state.max_steps) or step % args.save_steps == 0
-        rows = [{name: value for name, value in row.items() if name != "response_ids"} for row in replies[:SAMPLES]]
+        rows = [
+            {name: value for name, value in row.items() if name not in ("response_ids", "noted")}
+            for row in replies[:SAMPLES]
+        ]
         self.send(step, metrics, replies, rows if shown else [])
 
 

@@ -1,5 +1,8 @@
-"""From the reward model's scores to the ones that PPO learns from."""
+"""From the scores of a reward model and of reward functions to the one that is learned from."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,19 +14,22 @@ from utils.console import InputError, say
 
 FLOOR = 3.0  # standard deviations under the mean score: where a broken response is put, at most
 FLOOR_GAP = 0.5  # and at least so far under the worst sound one
+REWARD_MODEL = "reward_model"  # the name of its part of a score; the others have those of their functions
 
 
 class ScoreStatistics(NamedTuple):
-    """Mean and standard deviation of the reward model's scores on held-out responses."""
+    """Mean and standard deviation of scores: the reward model's on held-out responses, a function's on the SFT model's."""
 
     mean: float = 0.0
     std: float = 1.0
 
 
-class ScoreRules(NamedTuple):
-    """How scores are normalised: see `normalize_scores`."""
+@dataclass
+class ScoreRules:
+    """How a score is made of its parts: see `weighted_sum` and `normalize_scores`."""
 
-    statistics: ScoreStatistics
+    statistics: dict[str, ScoreStatistics]  # by part
+    weights: dict[str, float]  # by part
     baseline: float  # subtracted from every normalised score
     missing_eos_penalty: float  # subtracted where the length limit cut a response
     clip: float  # normalised scores are clipped to +- this
@@ -42,15 +48,66 @@ def floor_scores(scores: Tensor, broken: Tensor) -> Tensor:
     return torch.where(broken, torch.minimum(scores, floor), scores)
 
 
-def normalize_scores(scores: Tensor, broken: Tensor, ended: Tensor, rules: ScoreRules) -> Tensor:
-    """Scores in units of the reward card, minus baseline and EOS penalty, clipped, broken responses at the floor, [B].
+def weighted_sum(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The score of each response out of its parts, float32 [B].
 
-    scores: float [B], as the reward model gives them; broken, ended: bool [B], what has a plain fault and what ends in EOS.
+    parts: float32 [B] by name; NaN of a function says that it does not apply to that response, and then nothing is added.
+    NaN of the reward model stays NaN.
     """
-    scores = (scores - rules.statistics.mean) / rules.statistics.std - rules.baseline
+    terms = [
+        weights[name] * (values if name == REWARD_MODEL else values.masked_fill(values.isnan(), 0.0))
+        for name, values in parts.items()
+    ]
+    return torch.stack(terms).sum(0)
+
+
+def standardize(parts: Mapping[str, Tensor], rules: ScoreRules) -> dict[str, Tensor]:
+    """Each part in standard deviations from its mean, so that a weight means the same for all of them."""
+    return {name: (values - rules.statistics[name].mean) / rules.statistics[name].std for name, values in parts.items()}
+
+
+def normalize_scores(parts: Mapping[str, Tensor], broken: Tensor, ended: Tensor, rules: ScoreRules) -> Tensor:
+    """The weighted sum of the normalised parts, minus baseline and EOS penalty, clipped, broken responses at the floor, [B].
+
+    parts: float [B] by name, as reward model and functions give them; broken, ended: bool [B], what has a plain fault and
+    what ends in EOS.
+    """
+    scores = weighted_sum(standardize(parts, rules), rules.weights) - rules.baseline
     scores = scores - rules.missing_eos_penalty * (~ended).float()
     scores = scores.clamp(-rules.clip, rules.clip)
     return floor_scores(scores, broken) if rules.floor_broken else scores
+
+
+def measure_scores(scores: Tensor) -> ScoreStatistics:
+    """Mean and standard deviation of what applies among scores [B]; 0 and 1 where nothing does, 1 for a deviation of 0.
+
+    In float64 and in order of size, so that the responses may come in any order.
+    """
+    scores = scores[~scores.isnan()].double().sort().values
+    if len(scores) == 0:
+        return ScoreStatistics()
+    return ScoreStatistics(float(scores.mean()), float(scores.std(unbiased=False)) or 1.0)
+
+
+def part_weights(given: str | None, functions: list[str], has_reward_model: bool) -> dict[str, float]:
+    """Weight of each part of a score: 1, or as --reward_weights says, one for each function in their order.
+
+    One number more, in front, is the reward model's.  Raises InputError for what are no such numbers.
+    """
+    names = [REWARD_MODEL, *functions] if has_reward_model else functions
+    if given is None:
+        return dict.fromkeys(names, 1.0)
+    try:
+        weights = [float(weight) for weight in given.split(",")]
+    except ValueError:
+        weights = []
+    if has_reward_model and len(weights) == len(functions):
+        weights = [1.0, *weights]
+    if len(weights) != len(names) or not all(map(math.isfinite, weights)):
+        wanted = f"{len(functions)} numbers joined by commas, one for each --reward_function"
+        wanted += ", or one more in front for the reward model" if has_reward_model else ""
+        raise InputError(f"--reward_weights is {given}; give {wanted}")
+    return dict(zip(names, weights, strict=True))
 
 
 def read_statistics(reward: SavedAdapter, allow_weak: bool) -> ScoreStatistics:

@@ -3,6 +3,7 @@
 Shapes: B responses, T response tokens; masks bool [B, T], True on real tokens.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,14 +13,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
 from lora.adapters import CRITIC, REFERENCE, use_adapter
 from rewards.broken_replies import find_broken
-from rewards.gold_function import Gold
 from rewards.guard import measure_responses
+from rewards.reward_functions import Notes, Replies, RewardFunction
 from rewards.reward_model import reward_scores
-from rewards.scores import ScoreRules, normalize_scores
+from rewards.scores import REWARD_MODEL, ScoreRules, normalize_scores, standardize, weighted_sum
 from rollout.batch import Batch, make_batch, pass_limits
 from rollout.distribution import Sampling
 from rollout.logprobs import logprobs_fn, values_fn
@@ -50,15 +51,23 @@ class Experience(NamedTuple):
     kl: Tensor  # float32 [B, T], k1: the difference of the two, 0 on padding
     values: Tensor  # float32 [B, T]
     entropy: Tensor  # float32 [B, T]
-    scores: Tensor  # float32 [B], from the reward model, as it gave them
+    parts: dict[str, Tensor]  # float32 [B] each, from reward model and functions; NaN: a function does not apply
+    scores: Tensor  # float32 [B], their weighted sum, as they are
     normalized_scores: Tensor  # float32 [B], what is learned from: see `normalize_scores`
     ended: Tensor  # bool [B], whether the response ends with a stop token
     gold: Tensor | None  # float32 [B], of --gold_function, where there is one
+    noted: list[dict[str, Any]]  # B rows of what functions gave to log_extra
+    metrics: dict[str, float]  # means of what they gave to log_metric
 
     @property
     def mask(self) -> Tensor:
         """Real response tokens, bool [B, T]."""
         return self.batch.response_mask
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether the score is more than the reward model's."""
+        return list(self.parts) != [REWARD_MODEL]
 
     @property
     def response_kl(self) -> Tensor:
@@ -74,7 +83,11 @@ class Experience(NamedTuple):
         def cut(part: Any) -> Any:
             if isinstance(part, list):
                 return [part[row] for row in chosen]
-            return part if part is None else part[index, :width] if part.dim() == 2 else part[index]
+            if isinstance(part, dict):
+                return {name: cut(each) for name, each in part.items()}
+            if not isinstance(part, Tensor):
+                return part
+            return part[index, :width] if part.dim() == 2 else part[index]
 
         return Experience(batch, **{name: cut(part) for name, part in self._asdict().items() if name != "batch"})
 
@@ -88,8 +101,15 @@ class Experience(NamedTuple):
             "length": self.mask.sum(1).tolist(),
             "ended": self.ended.tolist(),
         }
+        if self.has_functions:
+            columns |= {
+                f"{name} score": [None if math.isnan(score) else score for score in scores.tolist()]
+                for name, scores in self.parts.items()
+            }
         if self.gold is not None:
             columns["gold"] = self.gold.tolist()
+        if any(self.noted):
+            columns["noted"] = self.noted
         columns["response_ids"] = self.batch.responses()  # which not every text gives back
         rows = zip(*columns.values(), strict=True)
         return [{"iteration": iteration, **dict(zip(columns, row, strict=True))} for row in rows]
@@ -130,16 +150,22 @@ class Collector:
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         score_rules: ScoreRules,
-        gold: Gold | None,
+        functions: Sequence[RewardFunction],
+        gold: RewardFunction | None,
+        trainer_state: Callable[[], TrainerState],
     ) -> None:
-        """args: PPOArguments; model: from `assemble_ppo_model`, not yet wrapped; gold: only measured."""
+        """args: PPOArguments; model: from `assemble_ppo_model`, not yet wrapped; functions: parts of the score; gold: only
+        measured; trainer_state: for functions that ask how far the run is."""
         self.accelerator = accelerator
         self.args = args
         self.device = args.device
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.score_rules = score_rules
+        self.functions = functions
         self.gold = gold
+        self.trainer_state = trainer_state
+        self.has_reward_model = REWARD_MODEL in score_rules.weights
         self.has_critic = args.critic == "adapter"
         base = model.get_base_model()
         # Where the update computes as the sampler does, its log-probs and values are those of the sampler, to rounding.
@@ -178,30 +204,41 @@ class Collector:
             with use_adapter(unwrapped, REFERENCE):
                 reference = model(**inputs, hidden_state_fn=logprobs_fn(part, self.sampling, with_values=False))
             ref_logprobs[index, :width] = reference.logprobs.float()
-            scores[index] = reward_scores(model, inputs)
+            if self.has_reward_model:
+                scores[index] = reward_scores(model, inputs)
         logprobs[sampled_from_nothing] = torch.nan
         prompts = [row["prompt"] for row in rows]
         responses = [reply_text(ids, self.tokenizer, self.sampling.stop_token_ids) for ids in replies.ids]
-        gold = None
-        if self.gold is not None:
-            judged = [self.gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-            gold = torch.tensor(judged, device=self.device)
+        parts = {REWARD_MODEL: scores} if self.has_reward_model else {}
+        notes = Notes([{} for _ in rows])
+        texts = Replies(rows, responses, replies.ids)
+        parts |= {function.name: self.judge(function, texts, notes) for function in self.functions}
+        gold = None if self.gold is None else self.judge(self.gold, texts, notes)
         faults = [find_broken(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         tokens = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values, "entropy": entropy}
-        return self.gather(
-            batch, list(zip(prompts, responses, faults, strict=True)), {**tokens, "scores": scores}, gold
-        )
+        return self.gather(batch, list(zip(prompts, responses, faults, strict=True)), tokens, parts, gold, notes)
+
+    def judge(self, function: RewardFunction, replies: Replies, notes: Notes) -> Tensor:
+        """The function's number for each of this process's replies, float32 [B]; NaN where it does not apply."""
+        numbers = function.judge(replies, self.trainer_state(), notes)
+        return torch.tensor([math.nan if number is None else number for number in numbers], device=self.device)
 
     def generate(self, model: PeftModel, queries: Sequence[Sequence[int]], seeds: Sequence[int]) -> Generated:
         """One response to each query, with what the policy said of it."""
         return generate_responses(model, queries, seeds, self.sampling, with_values=not self.has_critic)
 
     def gather(
-        self, batch: Batch, texts: list[tuple[str, str, str | None]], parts: dict[str, Tensor], gold: Tensor | None
+        self,
+        batch: Batch,
+        texts: list[tuple[str, str, str | None]],
+        tokens: dict[str, Tensor],
+        parts: dict[str, Tensor],
+        gold: Tensor | None,
+        notes: Notes,
     ) -> Experience:
         """The rows of all processes, in the order of the processes, padded alike, with what follows from all of them.
 
-        texts: prompt, response and fault of each row of this process; parts: tensors of `Experience` by name.
+        texts: prompt, response and fault of each row of this process; tokens: tensors [B, T] of `Experience` by name.
         """
 
         def together(part: Tensor, pad: int = 0) -> Tensor:
@@ -217,22 +254,29 @@ class Collector:
             query_lengths=together(batch.query_lengths),
             response_mask=together(batch.response_mask.int()).bool(),
         )
-        texts = gather_object(texts) if self.args.world_size > 1 else texts
+        noted, metrics = notes.extra, [notes.metrics]
+        if self.args.world_size > 1:
+            texts, noted, metrics = gather_object(texts), gather_object(noted), gather_object(metrics)
         prompts, responses, faults = map(list, zip(*texts, strict=True))
+        tokens = {name: together(part) for name, part in tokens.items()}
         parts = {name: together(part) for name, part in parts.items()}
         ended = response_ends(batch, self.sampling.stop_token_ids)
         broken = torch.tensor([fault is not None for fault in faults], device=self.device)
-        kl = ppo.kl_penalty(parts["logprobs"], parts["ref_logprobs"], "k1")
+        kl = ppo.kl_penalty(tokens["logprobs"], tokens["ref_logprobs"], "k1")
         return Experience(
             batch,
             prompts,
             responses,
             faults,
             kl=kl.masked_fill(~batch.response_mask, 0.0),
-            normalized_scores=normalize_scores(parts["scores"], broken, ended, self.score_rules),
+            parts=parts,
+            scores=weighted_sum(parts, self.score_rules.weights),
+            normalized_scores=normalize_scores(parts, broken, ended, self.score_rules),
             ended=ended,
             gold=gold if gold is None else together(gold),
-            **parts,
+            noted=noted,
+            metrics=mean_metrics(metrics),
+            **tokens,
         )
 
     def respond_to_all(
@@ -284,6 +328,15 @@ class Collector:
             )
 
 
+def mean_metrics(noted: Iterable[dict[str, list[float]]]) -> dict[str, float]:
+    """Mean of all that was given to log_metric under a name, by any process."""
+    values: dict[str, list[float]] = {}
+    for metrics in noted:
+        for name, each in metrics.items():
+            values.setdefault(name, []).extend(each)
+    return {name: sum(each) / len(each) for name, each in values.items()}
+
+
 def response_ends(batch: Batch, stop_ids: Sequence[int]) -> Tensor:
     """Which responses end with a stop token, bool [B].  Only the response is asked: a prompt may hold one too."""
     last = batch.query_lengths + batch.response_mask.sum(1) - 1
@@ -317,6 +370,7 @@ def describe(experience: Experience) -> dict[str, float]:
         "score_mean": float(experience.scores.mean()),
         "score_std": float(experience.scores.std(unbiased=False)),
         "normalized_score_mean": float(experience.normalized_scores.mean()),
+        **experience.metrics,
         **({} if experience.gold is None else {"gold_mean": float(experience.gold.mean())}),
         "kl": float(experience.response_kl.mean()),
         "kl_k3": float(k3.sum(1).mean()),
@@ -329,25 +383,42 @@ def describe(experience: Experience) -> dict[str, float]:
     }
 
 
-def describe_all(parts: Iterable[Experience]) -> dict[str, float]:
-    """Means of `describe` over all responses of several batches."""
+def describe_functions(batches: Sequence[Experience]) -> dict[str, float]:
+    """What each part of the score is over several batches, where there is another than the reward model.
+
+    Of a part that applies to no response at all there is only the share of those.
+    """
+    if not batches[0].has_functions:
+        return {}
+    measures = {}
+    for name in batches[0].parts:
+        scores = torch.cat([batch.parts[name] for batch in batches])
+        found = scores[~scores.isnan()]
+        if len(found):
+            measures |= {f"reward/{name}/mean": float(found.mean())}
+            measures |= {f"reward/{name}/std": float(found.std(unbiased=False))}
+        measures[f"reward/{name}/none"] = 1 - len(found) / len(scores)
+    return measures
+
+
+def describe_all(batches: Sequence[Experience]) -> dict[str, float]:
+    """Means of `describe` over all responses of several batches, with `describe_functions`."""
     sums: dict[str, float] = {}
-    count = 0
-    for part in parts:
-        rows = len(part.scores)
-        sums = {name: sums.get(name, 0.0) + value * rows for name, value in describe(part).items()}
-        count += rows
-    return {name: value / count for name, value in sums.items()}
+    count = sum(len(batch.scores) for batch in batches)
+    for batch in batches:
+        for name, value in describe(batch).items():
+            sums[name] = sums.get(name, 0.0) + value * len(batch.scores) / count
+    return sums | describe_functions(batches)
 
 
 def measure_for_guard(parts: Sequence[Experience], rules: ScoreRules) -> dict[str, float]:
     """What the guard looks at, over several batches of responses."""
     texts = [text for part in parts for text in zip(part.prompts, part.responses, part.faults, strict=True)]
     lengths = [length for part in parts for length in part.mask.sum(1).tolist()]
-    scores = torch.cat([part.scores for part in parts])
+    farthest = [scores.abs() for part in parts for scores in standardize(part.parts, rules).values()]
     return {
         **measure_responses(*zip(*texts, strict=True), lengths),
         "kl": float(torch.cat([part.response_kl for part in parts]).mean()),
         "score": float(torch.cat([part.normalized_scores for part in parts]).mean()),
-        "extreme": float((scores - rules.statistics.mean).abs().max() / rules.statistics.std),
+        "extreme": float(torch.cat(farthest).nan_to_num(0.0).max()),
     }

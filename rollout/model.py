@@ -15,9 +15,11 @@ from utils.console import InputError
 
 
 def assemble_ppo_model(
-    base: PreTrainedModel, sft: SavedAdapter, reward: SavedAdapter, critic: bool = False
+    base: PreTrainedModel, sft: SavedAdapter, reward: SavedAdapter | None, critic: bool = False
 ) -> PeftModel:
     """Base + policy (a trainable copy of the SFT adapter), reference (the SFT adapter), reward adapter, value head.
+
+    reward: None where only functions judge.
 
     Only the policy's LoRA weights and the value head are trainable; the head starts at 0 (Ziegler et al. 2019).  Whole
     layers and tokens that the SFT adapter brings act for policy and reference alike, and stay as they are.  With `critic`
@@ -35,8 +37,9 @@ def assemble_ppo_model(
     config.lora_dropout = 0.0
     model = attach_adapter(base, sft, config)
     load_adapter(model, sft, REFERENCE)
-    add_score_head(base)
-    load_reward(model, reward)
+    if reward is not None:
+        add_score_head(base)
+        load_reward(model, reward)
     if critic:
         load_adapter(model, reward, CRITIC)
     base.v_head = nn.Linear(hidden_width(base), 1, device=base.device, dtype=torch.float32)

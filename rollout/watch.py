@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from rewards.guard import ALARM, Guard
 from rewards.scores import ScoreRules
-from rollout.experience import Experience, measure_for_guard
+from rollout.experience import Experience, describe_functions, measure_for_guard
 from rollout.policy_files import PolicyFiles
 from utils.console import say
 from utils.files import saving, write_json
@@ -70,6 +70,7 @@ class Watch:
             parts = self.held_out(iteration)
             measures["held-out"] = measure_for_guard(parts, self.score_rules)
             metrics |= {f"heldout/{name}": value for name, value in measures["held-out"].items()}
+            metrics |= {f"heldout/{name}": value for name, value in describe_functions(parts).items()}
             if parts[0].gold is not None:  # for the log alone: neither a sign nor best/ may depend on it
                 metrics["heldout/gold"] = float(torch.cat([part.gold for part in parts]).mean())
         signs = self.guard.check(iteration, measures)

@@ -340,7 +340,11 @@ def reward_plan(
 
 
 def ppo_plan(
-    model_args: ModelArguments, args: TrainingArguments, sft: SavedAdapter, reward: SavedAdapter, dtype: torch.dtype
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    sft: SavedAdapter,
+    reward: SavedAdapter | None,
+    dtype: torch.dtype,
 ) -> Plan:
     """Stage 3: `batch_size` replies are sampled at once, judged and trained on `mini_batch_size` at a time, or fewer.
 

@@ -25,9 +25,9 @@ from lora.adapters import read_adapter
 from lora.heads import add_hidden_state_fn
 from reporting.progress import IterationLines
 from rewards.broken_replies import find_broken
-from rewards.gold_function import Gold
+from rewards.reward_functions import Notes, RewardFunction, carried_columns
 from rewards.reward_model import new_reward_model
-from rewards.scores import ScoreStatistics
+from rewards.scores import REWARD_MODEL, ScoreStatistics
 from rl_training import PPOArguments, PPOTrainer, Prompts, build_trainer, number_rows
 from rollout.batch import Batch
 from rollout.distribution import Sampling, first_token_ban
@@ -123,31 +123,35 @@ def make_ppo_trainer(
     statistics: ScoreStatistics | None = None,
     base: PreTrainedModel | None = None,
     guarded: bool = False,
-    gold: Gold | None = None,
+    gold: RewardFunction | None = None,
+    functions: Sequence[RewardFunction] = (),
+    rewarded: bool = True,
     stop_ids: tuple[int, ...] = (2,),
     **arguments: Any,
 ) -> PPOTrainer:
     """A PPOTrainer as rl_training.main() builds it; `base` replaces the model of stages.base.
 
-    guarded: the guard looks at the training prompts.
+    guarded: the guard looks at the training prompts; rewarded: whether there is a reward adapter.
     """
     small = {"batch_size": 8, "mini_batch_size": 4, "steps": 2, "ppo_epochs": 2, "output_max_length": 12}
     quiet = {"use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-3, "save_strategy": "no", "report_to": "none"}
     args = PPOArguments(output_dir=str(folder), **{**small, **quiet, **arguments})
     args.dataloader_pin_memory = False
     tokenizer = make_tokenizer()
-    rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
-    prompts = number_rows(tokenize_prompts(rows, "{prompt}=", tokenizer, 64))
+    rows = Dataset.from_list([{"prompt": prompt, "answer": prompt[:2]} for prompt in PROMPTS])
+    carried = carried_columns([*functions, *([gold] if gold else [])], rows.column_names)
+    prompts = number_rows(tokenize_prompts(rows, "{prompt}=", tokenizer, 64, carried))
     trainer = build_trainer(
         args,
         base or load_plain(stages.base),
         tokenizer,
         stop_ids,
         read_adapter(stages.sft, "--sft_model_lora_path"),
-        read_adapter(stages.reward, "--reward_model_lora_path"),
+        read_adapter(stages.reward, "--reward_model_lora_path") if rewarded else None,
         Prompts(prompts, guard=prompts if guarded else None),
         statistics or ScoreStatistics(),
         gold,
+        functions=functions,
     )
     trainer.pop_callback(IterationLines)
     return trainer
@@ -167,7 +171,8 @@ def make_experience(
     zeros = dict.fromkeys(("logprobs", "ref_logprobs", "values", "entropy"), torch.zeros(batch.response_mask.shape))
     responses = trainer.processing_class.batch_decode(batch.responses(), skip_special_tokens=True)
     texts = [(PROMPTS[row], responses[row], find_broken(PROMPTS[row], responses[row])) for row in range(count)]
-    return trainer.collector.gather(batch, texts, {**zeros, **parts, "scores": scores}, gold)
+    notes = Notes([{} for _ in range(count)])
+    return trainer.collector.gather(batch, texts, {**zeros, **parts}, {REWARD_MODEL: scores}, gold, notes)
 
 
 def queries_of(trainer: PPOTrainer, count: int) -> list[list[int]]:

@@ -480,7 +480,7 @@ OF_PPO = {
     "batch_size": (lambda run: len(run.batches[0]), 5),
     "guard_prompts": (lambda run: run.asked, {2, 3}),  # the guard's and the held-out ones
     "normalize_scores": (
-        lambda run: run.trainer.collector.score_rules.statistics,
+        lambda run: run.trainer.score_rules.statistics["reward_model"],
         (0.0, 1.0),
     ),  # and not those of the card
     "data_seed": (lambda run: run.order(5), random_order(3, 10, 5)),
@@ -677,6 +677,7 @@ ELSEWHERE = {  # file -> arguments whose effect is its subject, or that it gives
     "test_always_true": "floor_broken_replies",
     "test_families": "lora_target_parameters",
     "test_gold": "gold_function",
+    "test_reward_functions": "reward_function reward_weights",
     "test_resume_changed": "prompt_date",
     "test_input_errors": "allow_weak_reward max_length",
 }

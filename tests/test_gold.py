@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 import rl_training
 from reporting.html_report import report_page
-from rewards.gold_function import load_gold, try_gold
+from rewards.reward_functions import Notes, Replies, load_function, try_function
 from rollout.batch import make_batch
 from tests import golds
 from tests.conftest import write_rows
 from tests.helpers import PROMPTS, Stages, make_experience, make_ppo_trainer, run_main
 from tests.pages import Page
-from utils.console import InputError, RunError
+from utils.console import InputError
 from utils.files import read_jsonl
 
 HELD_OUT = ["held-out question", "另一个问题", "one more"]
@@ -109,9 +110,9 @@ def test_gold_is_in_the_pictures_and_in_the_report(runs: Path) -> None:
 
 
 def test_a_function_that_fails_in_the_middle_ends_the_run(stages: Stages, tmp_path: Path) -> None:
-    gold = load_gold("tests.golds:fails_later")
+    gold = load_function("--gold_function", "tests.golds:fails_later")
     trainer = make_ppo_trainer(stages, tmp_path, gold=gold)
-    with pytest.raises(RunError) as stopped:
+    with pytest.raises(InputError) as stopped:
         trainer.train()
     message = str(stopped.value)
     assert message.count("\n") == 0
@@ -134,7 +135,7 @@ def test_rows_keep_their_gold(stages: Stages, tmp_path: Path) -> None:
 
 def test_whatever_is_a_number_counts(stages: Stages, tmp_path: Path) -> None:
     """A unit test passes or it does not."""
-    trainer = make_ppo_trainer(stages, tmp_path, gold=load_gold("tests.golds:is_long"), steps=1)
+    trainer = make_ppo_trainer(stages, tmp_path, gold=load_function("--gold_function", "tests.golds:is_long"), steps=1)
     trainer.train()
     assert {row["gold"] for row in trainer.samples} <= {0.0, 1.0}
     (line,) = [row for row in trainer.state.log_history if "gold_mean" in row]
@@ -147,9 +148,10 @@ def test_a_module_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.chdir(tmp_path)
-    gold = load_gold("my_rules:rate")
-    try_gold(gold, "four")
-    assert gold("four", "") == 4.0
+    gold = load_function("--gold_function", "my_rules:rate")
+    try_function(gold, {"prompt": "four"}, 2)
+    replies = Replies([{"prompt": "four"}], [""], [[2]])
+    assert gold.judge(replies, TrainerState(), Notes([{}])) == [4.0]
 
 
 def test_a_script_that_ends_when_it_is_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,4 +160,4 @@ def test_a_script_that_ends_when_it_is_imported_is_named(tmp_path: Path, monkeyp
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"cannot import my_script \(SystemExit: usage: my_script.py FILE\); give"):
-        load_gold("my_script:rate")
+        load_function("--gold_function", "my_script:rate")

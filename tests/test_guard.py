@@ -13,7 +13,7 @@ import torch
 
 from rewards.broken_replies import find_broken
 from rewards.guard import ALARM, WARNING, Guard, Limits, find_signs, measure_responses
-from rewards.scores import ScoreRules, ScoreStatistics, floor_scores, normalize_scores
+from rewards.scores import REWARD_MODEL, ScoreRules, ScoreStatistics, floor_scores, normalize_scores
 
 ROOT = Path(__file__).parent.parent
 SFT = {
@@ -53,12 +53,19 @@ def test_the_floor_comes_last() -> None:
     """A blank reply that ended got -3, and a sound one that was cut got -2.5 minus the penalty: -3.5.  At the clip both were
     at -5.  Where replies are often cut, saying nothing was then the better choice.
     """
-    rules = ScoreRules(ScoreStatistics(1.0, 2.0), baseline=0.0, missing_eos_penalty=1.0, clip=5.0, floor_broken=True)
+    rules = ScoreRules(
+        {REWARD_MODEL: ScoreStatistics(1.0, 2.0)},
+        {REWARD_MODEL: 1.0},
+        baseline=0.0,
+        missing_eos_penalty=1.0,
+        clip=5.0,
+        floor_broken=True,
+    )
     scores = torch.tensor([9.0, -4.0, 1.0])  # 4, -2.5 and 0 deviations
     broken, ended = torch.tensor([True, False, False]), torch.tensor([True, False, True])
-    assert normalize_scores(scores, broken, ended, rules).tolist() == [-4.0, -3.5, 0.0]
+    assert normalize_scores({REWARD_MODEL: scores}, broken, ended, rules).tolist() == [-4.0, -3.5, 0.0]
     scores = torch.tensor([-99.0, -99.0, 1.0])
-    assert normalize_scores(scores, broken, ended, rules).tolist() == [-5.5, -5.0, 0.0]
+    assert normalize_scores({REWARD_MODEL: scores}, broken, ended, rules).tolist() == [-5.5, -5.0, 0.0]
 
 
 def test_one_lucky_empty_reply_gets_no_advantage() -> None:

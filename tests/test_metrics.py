@@ -48,6 +48,9 @@ def test_metrics_in_words() -> None:
     assert metric_of("heldout/kl").label == "held-out: KL to the SFT model (nats a reply)"
     assert metric_of("eval_entropy").label == "held-out: entropy (nats a token)"
     assert metric_of("eval_entropy").tracker == "eval/entropy"
+    assert metric_of("reward/exact/none").label == "exact, share of replies that it does not apply to"
+    assert metric_of("heldout/reward/exact/mean").label == "held-out: exact, mean score"
+    assert metric_of("eval_reward/exact/mean").tracker == "eval/reward/exact/mean"
     assert metric_of("speed_of_light").label == "speed_of_light"
     assert metric_of("speed_of_light").tracker == "other/speed_of_light"
 

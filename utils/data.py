@@ -490,8 +490,18 @@ def tokenize_preferences(
     return Preferences(_map_and_count(rows, encode, ("kept", "cut"), columns, "preference pairs", end), sources)
 
 
-def tokenize_prompts(rows: Dataset, template: str, tokenizer: PreTrainedTokenizerBase, max_query: int) -> Dataset:
-    """Columns input_ids (the query) and prompt (its text) of every distinct prompt of at most `max_query` tokens."""
+def tokenize_prompts(
+    rows: Dataset,
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_query: int,
+    carry: Sequence[str] | None = None,
+) -> Dataset:
+    """Columns input_ids (the query) and prompt (its text) of every distinct prompt of at most `max_query` tokens.
+
+    With `carry`, names of columns, also these as they are, in a mapping `columns`, and turns: the prompt where it is a
+    dialogue, else None.  They are for functions that judge replies.
+    """
     read = prompt_reader(rows)
     end = tokenizer.convert_ids_to_tokens(reply_end_id(tokenizer, template))
     seen = set()
@@ -507,9 +517,14 @@ def tokenize_prompts(rows: Dataset, template: str, tokenizer: PreTrainedTokenize
             return [{"status": "repeated"}]
         seen.add(tuple(query))
         text = prompt if isinstance(prompt, str) else format_prompt(prompt, template, tokenizer)
-        return [{"status": "kept", "holds_end": holds_end(end, prompt), "input_ids": query, "prompt": text}]
+        example = {"status": "kept", "holds_end": holds_end(end, prompt), "input_ids": query, "prompt": text}
+        if carry is not None:
+            example["columns"] = {name: row[name] for name in carry}
+            example["turns"] = None if isinstance(prompt, str) else prompt
+        return [example]
 
-    return _map_and_count(rows, encode, ("kept",), ("input_ids", "prompt"), "prompts", end)
+    columns = ("input_ids", "prompt") + (("columns", "turns") if carry is not None else ())
+    return _map_and_count(rows, encode, ("kept",), columns, "prompts", end)
 
 
 def _map_and_count(
