@@ -9,6 +9,7 @@ adapter_model.safetensors, the tokenizer, run.json, seen_prompts.txt and metrics
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -199,7 +200,8 @@ def check_loss(trainer: SortedSFTTrainer, row: dict[str, list[int]]) -> None:
     model.train(was_training)
     own = float(nn.functional.cross_entropy(logits[0, :-1].float(), inputs["labels"][0, 1:]))
     exact = next(model.parameters()).dtype == torch.float32 and not (args.bf16 or args.fp16)
-    if not abs(theirs - own) <= (1e-3 if exact else 3e-2) * max(1.0, own):  # NaN is refused too
+    # Where the model's own logits are not finite, the training says so, for the rows that it is about.
+    if math.isfinite(own) and not abs(theirs - own) <= (1e-3 if exact else 3e-2) * max(1.0, own):
         raise InputError(
             f"TRL's loss does not fit {type(model.get_base_model()).__name__}: {theirs:.4f} on the first row, where its "
             f"own logits give {own:.4f}; give another base, or an SFT adapter that was trained by another tool"

@@ -1,6 +1,7 @@
 """The gate, the floor, best/ and the rollback, in whole PPO runs of a tiny model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def test_a_broken_reply_is_scored_at_the_floor(stages: Stages, tmp_path: Path) -
     batch = make_batch([[5], [6], [8]], [[40, EOS], [41, EOS], [EOS]], PAD)
     scores = torch.tensor([1.0, 2.0, 20.0])
     assert make_experience(trainer, batch, scores).normalized_scores.tolist() == [0.0, 0.5, -3.0]
-    trainer.collector.score_rules = trainer.collector.score_rules._replace(floor_broken=False)
+    trainer.collector.score_rules = replace(trainer.collector.score_rules, floor_broken=False)
     assert make_experience(trainer, batch, scores).normalized_scores.tolist() == [0.0, 0.5, 5.0]  # 9.5, clipped
 
 

@@ -1,6 +1,6 @@
 """Every causal language model family of the installed transformers, tiny and random, through all stages.
 
-    python -m tests.stress.families                     all of them, half an hour on 2 cores; writes docs/families.md
+    python -m tests.stress.families                     all of them, 45 minutes on 2 cores; writes docs/families.md
     python -m tests.stress.families qwen3_5_text mamba  these, and writes nothing
 
 Each goes through an SFT step, a reward step, a PPO iteration with replies of different lengths, compare.py and
@@ -29,7 +29,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from inference.side_by_side import InferenceArguments, load_models
@@ -45,7 +45,9 @@ from utils.console import InputError
 from utils.data import tokenize_sft
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
-SECONDS = 300  # for one family
+SECONDS = 600  # for one family
+# A part of the vocabulary ends a reply, so that the replies of a random model have different lengths.
+STOPS = (range(2, 320, 3), range(2, 42), range(2, 320, 2))
 TEMPLATE = "{prompt}="
 SFT_ROWS = [{"prompt": f"What is {word}?", "response": f"{word} is good" + "!" * n} for n, word in enumerate("abcd")]
 TOLERANCE = 1e-3  # of log-probs, scores and losses around 1 to 10, in float32
@@ -66,6 +68,10 @@ OUTCOMES = {
     "FAILED": "a traceback, or other numbers",
     "not tried": "no tiny configuration could be made of it, or its own code does not run on one",
 }
+
+
+class OneLengthError(Exception):
+    """All replies came out of one length, which shows less than replies of different lengths."""
 
 
 class OtherNumbersError(Exception):
@@ -140,8 +146,11 @@ def check_replies(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def go_through(family: str, folder: Path) -> str:
-    """All stages and all comparisons; the stages' folders are in `folder`.  Returns the outcome."""
+def go_through(family: str, folder: Path, any_length: bool = False) -> str:
+    """All stages and all comparisons; the stages' folders are in `folder`.  Returns the outcome.
+
+    Raises OneLengthError where all replies are of one length, unless any_length.
+    """
     base, tokenizer = folder / "base", make_tokenizer()
     sft_file = write_rows(folder / "sft.jsonl", SFT_ROWS)
     pairs = write_preferences(folder / "pairs.jsonl")
@@ -176,8 +185,8 @@ def go_through(family: str, folder: Path) -> str:
     replies = experience.batch.responses()
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(*experience.batch[:2], strict=True)]
     queries = [row[: int(length)] for row, length in zip(rows, experience.batch.query_lengths, strict=True)]
-    if len({len(reply) for reply in replies}) == 1:
-        raise OtherNumbersError("all replies are of one length: this shows nothing")
+    if len({len(reply) for reply in replies}) == 1 and not any_length:
+        raise OneLengthError
     sft = plain(base, folder / "sft")
     check_replies("policy", sft, queries, replies, experience.logprobs, sampling)
     check_replies("reference", sft, queries, replies, experience.ref_logprobs, sampling)
@@ -207,6 +216,20 @@ def go_through(family: str, folder: Path) -> str:
     return "same numbers" if model.get_base_model().cache_is_exact else "same, no cache"
 
 
+def go_through_with_ends(family: str, model: PreTrainedModel, folder: Path) -> Result:
+    """`go_through`, with other stop tokens where all replies came out of one length; the last ones are taken as they are."""
+    for number, stops in enumerate((*STOPS, STOPS[0])):
+        attempt = folder / str(number)
+        model.generation_config.eos_token_id = list(stops)
+        model.save_pretrained(attempt / "base")
+        make_tokenizer().save_pretrained(attempt / "base")
+        is_last = number == len(STOPS)
+        with contextlib.suppress(OneLengthError):
+            outcome = go_through(family, attempt, any_length=is_last)
+            break
+    return Result(family, outcome, "all replies were of one length" if is_last else "")
+
+
 def one_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:200]
@@ -229,15 +252,12 @@ def try_family(family: str) -> Result:
             model = tiny_model(family)
             ids = torch.arange(3, 13)[None]
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
-            # a third of the vocabulary ends a reply, so that replies of nearly any model have different lengths
-            model.generation_config.eos_token_id = list(range(2, 320, 3))
-            model.save_pretrained(folder / "base")
-            make_tokenizer().save_pretrained(folder / "base")
+            model.save_pretrained(folder)
         except Exception as error:
             signal.alarm(0)
             return Result(family, "not tried", one_sentence(error))
         try:
-            return Result(family, go_through(family, folder))
+            return go_through_with_ends(family, model, folder)
         except InputError as error:
             return Result(family, "refused", str(error).replace(name, "FOLDER"))
         except Exception as error:
