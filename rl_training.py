@@ -27,7 +27,7 @@ policy's trunk and is saved.
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ from rollout.watch import Watch
 from runs.memory_plan import announce, ppo_plan
 from runs.resume import check_same_run, identity, settle_date
 from runs.run_files import RunFiles, run_record
-from runs.seen_prompts import new_prompts, warn_of_seen_prompts
+from runs.seen_prompts import new_prompts, read_seen_prompts, warn_of_seen_prompts
 from runs.start import start_stage
 from runs.trainer import ResumableArguments, ResumableTrainer
 from utils import ppo
@@ -658,7 +658,7 @@ def read_prompts(
     args: PPOArguments,
     template: str,
     tokenizer: PreTrainedTokenizerBase,
-    adapters: Mapping[str, SavedAdapter],
+    adapters: Sequence[SavedAdapter] = (),
     functions: Sequence[RewardFunction] = (),
 ) -> Prompts:
     """Prompts for training, evaluation and guard, with the columns that the functions get.
@@ -678,12 +678,13 @@ def read_prompts(
     needed = args.batch_size * args.world_size
     guard = None
     if args.guard != "off":
+        seen = {adapter.path: read_seen_prompts(adapter) for adapter in adapters}
         if evaluation is not None:
             guard = evaluation.select(range(min(args.guard_prompts, len(evaluation))))
         else:
-            train, guard = split_guard_prompts(train, args.guard_prompts, needed, new_prompts(train, adapters))
+            train, guard = split_guard_prompts(train, args.guard_prompts, needed, new_prompts(train, seen))
             guard = number_rows(guard)
-        warn_of_seen_prompts(guard, adapters)
+        warn_of_seen_prompts(guard, seen)
     if len(train) < needed:
         raise InputError(
             f"{len(train)} prompts are fewer than the {needed} of one iteration (--batch_size in each process); "
@@ -798,7 +799,7 @@ def main() -> None:
     first_token_ban(training_args.begin_suppress_tokens, tokenizer, ())  # before anything large is read
     adapters = {"sft_model_lora_path": sft} | ({} if reward is None else {"reward_model_lora_path": reward})
     judges = [*functions, *([] if gold is None else [gold])]
-    prompts = read_prompts(data_args, training_args, template, tokenizer, adapters, judges)
+    prompts = read_prompts(data_args, training_args, template, tokenizer, list(adapters.values()), judges)
     for function in judges:
         try_function(function, prompts.train[0], tokenizer.eos_token_id)
 

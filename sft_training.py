@@ -190,7 +190,8 @@ def check_loss(trainer: SortedSFTTrainer, row: dict[str, list[int]]) -> None:
     Raises InputError if it is not: TRL does not know every family's scale and soft cap.
     """
     model, args = trainer.model, trainer.args
-    inputs = {name: torch.tensor([row[name]], device=args.device) for name in ("input_ids", "labels")}
+    device = next(model.parameters()).device  # not yet that of the training, where FSDP will spread it
+    inputs = {name: torch.tensor([row[name]], device=device) for name in ("input_ids", "labels")}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     was_training = model.training
     model.eval()
@@ -235,7 +236,7 @@ def main() -> None:
     # ---- Model ----
     base = load_base(model_args, dtype, training_args.device)
     check_tokenizer(base, tokenizer)
-    check_output_logits(base)  # TRL makes them as this toolkit does
+    check_output_logits(base)  # the later stages make them so; `check_loss` looks at those that TRL makes
     longest = max(len(row["input_ids"]) for rows in (train, evaluation or []) for row in rows)
     check_lengths(base, longest, "the longest row", "--max_length")
     stop_ids = stop_token_ids(tokenizer, template, base.generation_config)

@@ -179,7 +179,7 @@ def ours(folder: Path, iterations: int) -> dict[str, Any]:
     dtype = choose_precision(model_args, args)
     tokenizer = load_tokenizer(model_args)
     adapters = [read_adapter(str(folder / name), f"--{name}") for name in ("sft", "reward")]
-    prompts = read_prompts(data_args, args, model_args.prompt_template, tokenizer, {})
+    prompts = read_prompts(data_args, args, model_args.prompt_template, tokenizer)
     trainer = build_trainer(
         args, load_base(model_args, dtype), tokenizer, (EOS,), *adapters, prompts, ScoreStatistics()
     )

@@ -78,6 +78,25 @@ def is_named(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
+def split_names(names: str) -> list[str]:
+    """Names joined by | or a comma."""
+    return [name.strip() for name in names.replace("|", ",").split(",") if name.strip()]
+
+
+def check_names(
+    argument: str, wanted: Sequence[str], found: Collection[str], kind: str, choices: Sequence[str]
+) -> None:
+    """Raise InputError, which lists the `choices`, unless each of `wanted` is for one of `found`.
+
+    argument: with its value; kind: what it has to name.
+    """
+    unknown = [target for target in wanted if not any(is_named(name, target) for name in found)]
+    if unknown or not wanted:
+        raise InputError(
+            f"{argument}: {', '.join(unknown) or 'nothing'} is no {kind}; it has {', '.join(choices) or 'none'}"
+        )
+
+
 def resolve_target_modules(names: str, layers: Collection[str]) -> list[str]:
     """Layer names for LoRA: "all-linear", or names joined by | or a comma, checked against `text_layers`.
 
@@ -87,17 +106,12 @@ def resolve_target_modules(names: str, layers: Collection[str]) -> list[str]:
     linear = sorted(set(map(short_name, layers)))
     if names == "all-linear":
         return linear
-    wanted = [name.strip() for name in names.replace("|", ",").split(",") if name.strip()]
+    wanted = split_names(names)
     split = ["q_proj", "k_proj", "v_proj"]
     if "W_pack" in wanted and "W_pack" not in linear and set(split) <= set(linear):
         say("warning: this model has no W_pack; --lora_target_modules W_pack means q_proj, k_proj and v_proj here")
         wanted = [name for name in wanted if name != "W_pack"] + split
-    unknown = [target for target in wanted if not any(is_named(name, target) for name in layers)]
-    if unknown or not wanted:
-        raise InputError(
-            f"--lora_target_modules {names}: {', '.join(unknown) or 'nothing'} is no linear layer of this model; "
-            f"it has {', '.join(linear)}"
-        )
+    check_names(f"--lora_target_modules {names}", wanted, layers, "linear layer of this model", linear)
     return wanted
 
 
@@ -130,13 +144,8 @@ def resolve_target_parameters(names: str | None, experts: Collection[str]) -> li
     """Names of expert weights for LoRA, joined by | or a comma.  Raises InputError that lists those there are."""
     if names is None:
         return None
-    wanted = [name.strip() for name in names.replace("|", ",").split(",") if name.strip()]
-    unknown = [target for target in wanted if not any(is_named(name, target) for name in experts)]
-    if unknown or not wanted:
-        raise InputError(
-            f"--lora_target_parameters {names}: {', '.join(unknown) or 'nothing'} is no weight of this model's experts; "
-            f"it has {', '.join(expert_names(experts)) or 'none'}"
-        )
+    wanted, choices = split_names(names), expert_names(experts)
+    check_names(f"--lora_target_parameters {names}", wanted, experts, "weight of this model's experts", choices)
     return wanted
 
 

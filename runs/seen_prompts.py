@@ -60,18 +60,18 @@ def read_seen_prompts(adapter: SavedAdapter) -> set[str]:
     return set()
 
 
-def new_prompts(prompts: Dataset, adapters: Mapping[str, SavedAdapter]) -> list[int]:
-    """Rows of the prompts that none of the adapters was trained on, as far as their folders tell."""
-    seen = set().union(*map(read_seen_prompts, adapters.values()))
-    return [i for i, query in enumerate(prompts["input_ids"]) if hash_of_query(query) not in seen]
+def new_prompts(prompts: Dataset, seen: Mapping[str, set[str]]) -> list[int]:
+    """Rows of the prompts that no earlier stage has trained on.  seen: of `read_seen_prompts`, by adapter."""
+    known = set().union(*seen.values())
+    return [i for i, query in enumerate(prompts["input_ids"]) if hash_of_query(query) not in known]
 
 
-def warn_of_seen_prompts(prompts: Dataset, adapters: Mapping[str, SavedAdapter]) -> None:
-    """Say how many of the guard's prompts each stage has trained on."""
+def warn_of_seen_prompts(prompts: Dataset, seen: Mapping[str, set[str]]) -> None:
+    """Say how many of the guard's prompts each stage has trained on.  seen: of `read_seen_prompts`, by adapter."""
     hashes = [hash_of_query(query) for query in prompts["input_ids"]]
-    counts = {adapter.path: len(set(hashes) & read_seen_prompts(adapter)) for adapter in adapters.values()}
+    counts = {adapter: len(set(hashes) & known) for adapter, known in seen.items()}
     if any(counts.values()):
-        by = ", ".join(f"{count} by {path}" for path, count in counts.items() if count)
+        by = ", ".join(f"{count} by {adapter}" for adapter, count in counts.items() if count)
         say(
             f"warning: best/ is chosen by the scores of {len(hashes)} prompts of which some were trained on ({by}), so "
             "its score says less about new prompts; give prompts that no stage has seen as --eval_dataset"

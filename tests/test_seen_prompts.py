@@ -44,7 +44,9 @@ def test_a_checkpoint_and_a_run_know_what_they_were_trained_on(sft_run: Path, st
     for folder in (sft_run, sft_run / "checkpoint-1"):
         adapter = read_adapter(str(folder), "--sft_model_lora_path")
         assert read_seen_prompts(adapter) == {hash_of_query(query) for query in ids[:half]}
-        assert new_prompts(Dataset.from_dict({"input_ids": ids}), {"sft": adapter}) == list(range(half, len(ids)))
+        assert new_prompts(Dataset.from_dict({"input_ids": ids}), {"sft": read_seen_prompts(adapter)}) == list(
+            range(half, len(ids))
+        )
     elsewhere = shutil.copytree(sft_run / "checkpoint-1", tmp_path / "elsewhere")
     assert read_seen_prompts(read_adapter(str(elsewhere), "--sft_model_lora_path")) == set()
 
