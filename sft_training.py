@@ -175,9 +175,8 @@ def build_trainer(
     for parameter in trainer.model.parameters():  # TRL makes a 4-bit base's adapter bfloat16, where small steps vanish
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    trainer.model_accepts_loss_kwargs = (
-        True  # TRL's forward pass takes the number of tokens, whatever the base's own does
-    )
+    # TRL's forward pass takes the number of tokens, whatever the base's own does.
+    trainer.model_accepts_loss_kwargs = True
     check_state_dict(trainer)
     check_loss(trainer, train[0])
     return trainer
