@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from transformers import TextStreamer
 
+from corpus.tokens import Message
 from inference.side_by_side import ChatModels, InferenceArguments, load_models, prompt_seed
 from inference.web_chat import check_gradio, serve
 from utils.arguments import parse_arguments
 from utils.console import InputError, printable, run_script, say
-from utils.data import Message
 
 with contextlib.suppress(ImportError):  # not every Python has it
     import readline  # noqa: F401  arrow keys and history in input()

@@ -17,13 +17,13 @@ from typing import NamedTuple
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from corpus.tokens import FILE_FORMATS, read_dataset, tokenize_prompts
 from inference.side_by_side import InferenceArguments, Response, load_models, prompt_seed
 from reporting.html import html_page, markdown_cell, markdown_table, write_page
 from rewards.broken_replies import distinct_share
 from rewards.reward_card import wilson_interval
 from utils.arguments import check_new_folder, parse_arguments
 from utils.console import InputError, run_script, say
-from utils.data import FILE_FORMATS, read_dataset, tokenize_prompts
 from utils.files import append_jsonl
 
 DEFAULT_PROMPTS = (

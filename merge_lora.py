@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from corpus.chat_template import generation_stop_ids
 from lora.adapters import POLICY, SavedAdapter, attach_adapter, check_adapter, read_adapter
 from lora.base_model import bare_layer, load_base, load_tokenizer
 from lora.heads import add_hidden_state_fn, add_score_head, score_fn
@@ -38,7 +39,6 @@ from rewards.reward_model import member_folders
 from runs.run_files import run_record
 from utils.arguments import DEFAULT_TEMPLATE, ModelArguments, check_new_folder, parse_arguments
 from utils.batching import pad_right
-from utils.chat_template import generation_stop_ids
 from utils.console import InputError, one_line, run_script, say
 from utils.files import folder_when_done, write_json
 

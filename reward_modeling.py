@@ -29,6 +29,8 @@ from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from corpus.chat_template import check_reply_end, reply_end_id, stop_token_ids
+from corpus.tokens import Preferences, check_template, tokenize_preferences, train_and_eval_rows
 from lora.adapters import (
     SCORE_KEY,
     SavedAdapter,
@@ -67,9 +69,7 @@ from utils.arguments import (
     set_up_ddp,
 )
 from utils.batching import pad_right, part_size
-from utils.chat_template import check_reply_end, reply_end_id, stop_token_ids
 from utils.console import InputError, is_main_process, run_script, say
-from utils.data import Preferences, check_template, tokenize_preferences, train_and_eval_rows
 from utils.files import write_json
 from utils.offered import EVERY_STAGE, FIRST_STAGES
 

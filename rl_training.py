@@ -37,6 +37,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from corpus.chat_template import check_reply_end, stop_token_ids
+from corpus.tokens import check_template, tokenize_prompts, train_and_eval_rows
 from lora.adapters import SavedAdapter, check_adapter, check_kind, read_adapter
 from lora.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from reporting.metrics import EVALUATED
@@ -86,9 +88,7 @@ from utils.arguments import (
     parse_arguments,
     set_up_ddp,
 )
-from utils.chat_template import check_reply_end, stop_token_ids
 from utils.console import InputError, run_script, say
-from utils.data import check_template, tokenize_prompts, train_and_eval_rows
 from utils.files import append_jsonl, write_json
 from utils.offered import EVERY_STAGE
 

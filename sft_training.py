@@ -3,7 +3,7 @@
     python sft_training.py --config configs/sft_demo.yaml
     accelerate launch --num_processes 3 sft_training.py --config configs/sft_baichuan2_7b.yaml
 
-Prompt and reply are tokenized apart (utils/data.py), the loss is on the reply alone, and the reply ends with EOS unless
+Prompt and reply are tokenized apart (corpus/tokens.py), the loss is on the reply alone, and the reply ends with EOS unless
 it was cut.  TRL's SFTTrainer trains; rows of similar length go through the model together.  Writes adapter_config.json,
 adapter_model.safetensors, the tokenizer, run.json, seen_prompts.txt and metrics.jsonl to --output_dir.
 """
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from corpus.chat_template import stop_token_ids
+from corpus.tokens import check_template, tokenize_sft, train_and_eval_rows
 from lora.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from lora.lora_layers import new_lora_config
 from lora.sharding import check_state_dict
@@ -41,9 +43,7 @@ from utils.arguments import (
     set_up_ddp,
 )
 from utils.batching import sft_part_size
-from utils.chat_template import stop_token_ids
 from utils.console import InputError, run_script, say
-from utils.data import check_template, tokenize_sft, train_and_eval_rows
 from utils.offered import EVERY_STAGE, FIRST_STAGES
 
 DEFAULT_DATASET = "Hello-SimpleAI/HC3-Chinese"  # the article's

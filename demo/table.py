@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from corpus.tokens import encode_prompt
 from demo.gold import gold_score
 from inference.side_by_side import ChatModels, InferenceArguments, load_models
 from reporting.html_report import write_report
 from utils.console import InputError, run_script
-from utils.data import encode_prompt
 from utils.files import read_jsonl, write_json
 
 BATCH = 64

@@ -9,6 +9,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from corpus.chat_template import check_reply_end, fix_date, reply_text, stop_token_ids
+from corpus.tokens import Message, check_template, encode_prompt
 from lora.adapters import REWARD, SavedAdapter, attach_adapter, check_adapter, load_adapter, read_adapter, use_adapter
 from lora.base_model import check_tokenizer, load_base, load_tokenizer
 from lora.heads import add_hidden_state_fn, add_score_head
@@ -17,9 +19,7 @@ from rollout.batch import make_batch
 from rollout.distribution import Sampling, check_output_logits, default_sampling
 from rollout.sampler import generate_ids
 from utils.arguments import DEFAULT_TEMPLATE, ModelArguments
-from utils.chat_template import check_reply_end, fix_date, reply_text, stop_token_ids
 from utils.console import InputError
-from utils.data import Message, check_template, encode_prompt
 from utils.hashing import hash64
 
 BARE_BASE = "base"  # what the base without an adapter is called

@@ -18,10 +18,10 @@ from typing import Any
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
+from corpus.tokens import Message
 from inference.side_by_side import ChatModels, prompt_seed
 from reporting.html import WEB
 from utils.console import InputError, printable, say
-from utils.data import Message
 
 PENDING = "…"  # note below a response that is being sampled
 ADDRESS = "127.0.0.1"  # this machine alone: there is no password

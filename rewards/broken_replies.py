@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from utils.data import Source, is_blank
+from corpus.tokens import Source, is_blank
 
 KINDS = (
     "empty",

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
+from corpus.chat_template import reply_text
 from lora.adapters import CRITIC, REFERENCE, use_adapter
 from rewards.broken_replies import find_broken
 from rewards.guard import measure_responses
@@ -27,7 +28,6 @@ from rollout.logprobs import logprobs_fn, values_fn
 from rollout.sampler import Generated, generate_responses, seed_of
 from utils import ppo
 from utils.batching import split_by_length
-from utils.chat_template import reply_text
 from utils.console import RunError, say
 
 # What may be NaN or infinite in a batch of responses, and what to do about it.

@@ -15,10 +15,10 @@ from datasets import Dataset
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from corpus.chat_template import fix_date
 from lora.adapters import SavedAdapter, read_run
 from lora.base_model import same_base
 from utils.arguments import withheld
-from utils.chat_template import fix_date
 from utils.console import InputError, say
 
 # Arguments that take effect when the run goes on.

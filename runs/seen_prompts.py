@@ -18,7 +18,7 @@ SEEN_FILE = "seen_prompts.txt"  # a hash a line, sorted; beside run.json
 
 
 def queries_of(rows: Dataset) -> Iterator[list[int]]:
-    """The query of everything that is trained on.  rows: as the three stages tokenize them, see utils/data.py."""
+    """The query of everything that is trained on.  rows: as the three stages tokenize them, see corpus/tokens.py."""
     if "labels" in rows.column_names:  # a query is all that stands in front of tokens with a loss
         for row in rows.select_columns(["input_ids", "labels"]):
             taught = [label != -100 for label in row["labels"]]

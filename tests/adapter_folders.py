@@ -8,13 +8,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
+from corpus.tokens import encode_prompt
 from inference.side_by_side import prompt_seed
 from lora.base_model import base_fingerprint
 from rollout.distribution import default_sampling
 from rollout.sampler import generate_ids
 from tests.conftest import make_tokenizer
 from tests.helpers import load_with_hidden_state_fn, make_stages, save_lively_base, strengthen
-from utils.data import encode_prompt
 
 TEMPLATE = "Q: {prompt}\nA:"
 LENGTH = 12  # tokens of the longest reply

@@ -21,6 +21,7 @@ from transformers import (
     TemperatureLogitsWarper,
 )
 
+from corpus.tokens import tokenize_prompts
 from lora.adapters import read_adapter
 from lora.heads import add_hidden_state_fn
 from reporting.progress import IterationLines
@@ -34,7 +35,6 @@ from rollout.distribution import Sampling, first_token_ban
 from rollout.experience import Experience
 from tests.conftest import make_model, make_tokenizer
 from utils.arguments import LoraArguments
-from utils.data import tokenize_prompts
 
 PROMPTS = ["你好", "a", "What is the capital of France?", "火锅", "dogs", "the cat sat on the mat", "tea", "apple soup"]
 PROMPTS += ["苹果 香蕉", "rice?", "in the park, didn't it?", "熊猫 很可爱"]

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the ground up: a room may import the rooms before it.
 FLOORS = (
     ("utils",),
+    ("corpus",),
     ("lora",),
     ("rewards",),
     ("rollout", "reporting"),

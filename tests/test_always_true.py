@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 from trl import SFTConfig, SFTTrainer
 
+from corpus.tokens import encode_response, tokenize_preferences, tokenize_prompts, tokenize_sft
 from lora.adapters import REFERENCE, REWARD, read_adapter, use_adapter
 from lora.heads import load_value_head, score_fn
 from rewards.scores import ScoreStatistics, read_statistics
@@ -38,7 +39,6 @@ from tests.helpers import (
     wake_value_head,
 )
 from utils import ppo
-from utils.data import encode_response, tokenize_preferences, tokenize_prompts, tokenize_sft
 from utils.files import read_jsonl
 
 PAD, EOS = 0, 2

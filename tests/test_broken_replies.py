@@ -3,6 +3,7 @@
 import pytest
 from datasets import Dataset
 
+from corpus.tokens import tokenize_preferences
 from rewards.broken_replies import (
     BLANKS,
     KINDS,
@@ -16,7 +17,6 @@ from rewards.broken_replies import (
     words_of,
 )
 from tests.conftest import make_tokenizer
-from utils.data import tokenize_preferences
 
 TOKENIZER = make_tokenizer()
 EOS = TOKENIZER.eos_token_id

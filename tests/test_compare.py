@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, GenerationConfig
 
 import compare
+from corpus.tokens import encode_prompt
 from inference.side_by_side import (
     Response,
     adapter_samplings,
@@ -32,7 +33,6 @@ from tests.conftest import make_tokenizer, save_base, write_rows
 from tests.helpers import load_with_hidden_state_fn, save_sft
 from tests.pages import Page
 from utils.console import InputError, run_script
-from utils.data import encode_prompt
 
 NASTY = "a | b\n<script>alert(1)</script> *x* مرحبا 😀"
 PROMPTS = ["What is tea?", "你好", NASTY, "dogs", "the cat sat on the mat"]

@@ -9,10 +9,10 @@ from datasets import Dataset
 import reward_modeling
 import rl_training
 import sft_training
+from corpus.tokens import tokenize_preferences, tokenize_prompts, tokenize_sft
 from tests.conftest import make_tokenizer
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, PlanArguments, parse_arguments
 from utils.console import InputError
-from utils.data import tokenize_preferences, tokenize_prompts, tokenize_sft
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 FILES = sorted(path for path in FOLDER.rglob("*.yaml") if "accelerate" not in path.parts)

@@ -6,11 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 
-from tests.conftest import make_tokenizer, write_rows
-from utils.arguments import DataArguments
-from utils.batching import pad_right
-from utils.console import InputError
-from utils.data import (
+from corpus.tokens import (
     encode_prompt,
     encode_response,
     format_prompt,
@@ -20,6 +16,10 @@ from utils.data import (
     tokenize_sft,
     train_and_eval_rows,
 )
+from tests.conftest import make_tokenizer, write_rows
+from utils.arguments import DataArguments
+from utils.batching import pad_right
+from utils.console import InputError
 from utils.hashing import hash64, in_share
 
 TEMPLATE = "Q: {prompt}\nA:"

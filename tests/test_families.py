@@ -24,6 +24,7 @@ import merge_lora
 import reward_modeling
 import rl_training
 import sft_training
+from corpus.tokens import tokenize_sft
 from lora.adapters import POLICY, REFERENCE, REWARD, load_weights, read_adapter, use_adapter
 from lora.base_model import check_causal, check_tokenizer, load_base, position_limit, text_decoder
 from lora.heads import add_hidden_state_fn, load_value_head, score_fn
@@ -39,7 +40,6 @@ from tests.stress.families import plain_loss
 from tests.tiny import tiny_model
 from utils.arguments import DEFAULT_TEMPLATE, LoraArguments, ModelArguments
 from utils.console import InputError
-from utils.data import tokenize_sft
 from utils.files import read_jsonl
 
 QUERIES = [[5, 9, 33, 7], [41], [100, 60, 61, 62, 63, 64, 65]]

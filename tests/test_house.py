@@ -36,7 +36,7 @@ def test_every_source_file_is_in_a_room() -> None:
 @pytest.mark.slow
 def test_nothing_heavy_happens_at_import() -> None:
     """matplotlib, wandb, gradio and deepspeed take seconds that --help should not pay."""
-    rooms = ("utils", "lora", "rewards", "rollout", "runs", "reporting", "inference")
+    rooms = ("utils", "corpus", "lora", "rewards", "rollout", "runs", "reporting", "inference")
     paths = [path.relative_to(house.ROOT) for room in rooms for path in house.files_of(room) if path.suffix == ".py"]
     modules = [".".join(path.with_suffix("").parts) for path in paths if path.stem not in ("__init__", "__main__")]
     heavy = ("matplotlib.pyplot", "wandb", "gradio", "deepspeed")

@@ -23,6 +23,7 @@ import merge_lora
 import reward_modeling
 import rl_training
 import sft_training
+from corpus.tokens import read_dataset, tokenize_preferences, tokenize_prompts, tokenize_sft, train_and_eval_rows
 from lora.base_model import base_fingerprint
 from lora.sharding import check_state_dict
 from tests.conftest import make_tokenizer, save_base, write_rows
@@ -30,7 +31,6 @@ from tests.forks import run_command
 from tests.helpers import load_plain, make_stages, save_sft
 from utils.arguments import DEFAULT_TEMPLATE, DataArguments, check_new_folder
 from utils.console import InputError, run_script
-from utils.data import read_dataset, tokenize_preferences, tokenize_prompts, tokenize_sft, train_and_eval_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {

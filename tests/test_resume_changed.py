@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 import rl_training
 import sft_training
+from corpus import chat_template
+from corpus.tokens import format_prompt
 from lora.adapters import SavedAdapter
 from runs.resume import settle_date
 from tests.conftest import make_tokenizer, save_base, write_rows, write_sft
 from tests.helpers import PROMPTS, Stages, run_main, save_sft
 from tests.test_resume import files_of, killed_copy
-from utils import chat_template
 from utils.arguments import DataArguments
 from utils.console import InputError
-from utils.data import format_prompt
 from utils.files import read_jsonl
 
 

@@ -13,6 +13,7 @@ from transformers import TrainerState
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
 import rl_training
+from corpus.tokens import tokenize_prompts
 from lora.adapters import read_adapter
 from rewards.reward_functions import Notes, Replies, RewardFunction, carried_columns, load_function, load_functions
 from rewards.scores import (
@@ -29,7 +30,6 @@ from tests.conftest import write_rows
 from tests.helpers import PROMPTS, Stages, make_ppo_trainer, run_main
 from utils.arguments import ModelArguments
 from utils.console import InputError
-from utils.data import tokenize_prompts
 from utils.files import read_jsonl
 
 MODEL = "reward_model"

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 import reward_modeling
+from corpus.tokens import Preferences, tokenize_preferences
 from lora.adapters import POLICY, attach_adapter, read_adapter
 from lora.heads import add_hidden_state_fn, add_score_head, score_fn
 from reward_modeling import (
@@ -34,7 +35,6 @@ from tests.helpers import load_plain, load_with_hidden_state_fn, make_stages, ru
 from utils.arguments import LoraArguments
 from utils.batching import pad_right
 from utils.console import InputError
-from utils.data import Preferences, tokenize_preferences
 
 WORDS = ["tea", "coffee", "soup", "bread", "rice", "cats", "dogs", "fish", "trees", "cars", "books", "songs"]
 ASKED = ["What about {}?", "Tell me of {}.", "Do you know {}?"]

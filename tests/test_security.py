@@ -15,6 +15,7 @@ import torch
 
 import compare
 import sft_training
+from corpus.tokens import read_dataset
 from lora.adapters import POLICY, attach_adapter, load_weights, read_adapter
 from lora.base_model import load_base, load_tokenizer
 from runs.checkpoints import seal
@@ -22,7 +23,6 @@ from tests.conftest import make_tokenizer
 from tests.helpers import Stages, load_plain, make_stages, run_main
 from utils.arguments import ModelArguments
 from utils.console import InputError, printable, run_script, say
-from utils.data import read_dataset
 
 
 class Trap:
@@ -159,7 +159,7 @@ def test_a_column_name_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.
     path.write_text(json.dumps({ESCAPES: "a"}) + "\n", encoding="utf-8")
 
     def main() -> None:
-        from utils.data import tokenize_sft
+        from corpus.tokens import tokenize_sft
 
         tokenize_sft(read_dataset(str(path)), "{prompt}=", make_tokenizer(), 64)
 

@@ -19,6 +19,8 @@ import merge_lora
 import reward_modeling
 import rl_training
 import sft_training
+from corpus.chat_template import check_reply_end, reply_end_id, reply_text, stop_token_ids
+from corpus.tokens import tokenize_preferences, tokenize_prompts, tokenize_sft
 from inference.side_by_side import InferenceArguments, Response, load_models
 from lora.base_model import base_fingerprint, load_base
 from rewards.broken_replies import KINDS, broken_pairs
@@ -38,9 +40,7 @@ from tests.helpers import (
     save_sft,
 )
 from utils.arguments import ModelArguments
-from utils.chat_template import check_reply_end, reply_end_id, reply_text, stop_token_ids
 from utils.console import InputError
-from utils.data import tokenize_preferences, tokenize_prompts, tokenize_sft
 
 PAD, EOS, VOCABULARY = 0, 2, 330
 # family -> the tokens that it adds, its chat template, what ends a turn of the assistant

@@ -1,1 +1,1 @@
-"""What all stages share: console, arguments, data, chat template, PPO's arithmetic, files."""
+"""What all stages share: console, arguments, PPO's arithmetic, files."""

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from corpus.tokens import tokenize_sft
 from inference.side_by_side import InferenceArguments, load_models
 from lora.adapters import SCORE_KEY, use_adapter
 from lora.base_model import text_decoder
@@ -42,7 +43,6 @@ from tests.conftest import make_tokenizer, write_preferences, write_rows
 from tests.helpers import independent_logprobs
 from tests.tiny import tiny_model
 from utils.console import InputError
-from utils.data import tokenize_sft
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 SECONDS = 600  # for one family

@@ -27,6 +27,7 @@ import yaml
 from datasets import Dataset, disable_progress_bars
 from transformers.utils import logging
 
+from corpus.tokens import tokenize_preferences, tokenize_prompts, tokenize_sft, train_and_eval_rows
 from lora.adapters import REFERENCE, attach_adapter, check_adapter, load_adapter, read_adapter
 from lora.base_model import base_fingerprint
 from lora.heads import add_hidden_state_fn, add_score_head
@@ -38,7 +39,6 @@ from tests.conftest import make_tokenizer, save_base
 from tests.helpers import load_plain, make_stages
 from utils.arguments import DataArguments, LoraArguments, ModelArguments, parse_arguments
 from utils.console import InputError
-from utils.data import tokenize_preferences, tokenize_prompts, tokenize_sft, train_and_eval_rows
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 ROWS: list[list[dict[str, Any]]] = [

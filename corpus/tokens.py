@@ -19,8 +19,8 @@ from datasets.exceptions import DatasetGenerationError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from corpus.chat_template import Message, chat_text, reply_end_id
 from utils.arguments import DataArguments
-from utils.chat_template import Message, chat_text, reply_end_id
 from utils.console import InputError, is_main_process, one_line, say
 from utils.hashing import in_share
 

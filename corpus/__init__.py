@@ -1,0 +1,1 @@
+"""From a data set to token ids: files, formats, chat templates, tokens."""
