@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from transformers import TextStreamer
 
-from corpus.tokens import Message
+from corpus.formats import Message
 from inference.side_by_side import ChatModels, InferenceArguments, load_models, prompt_seed
 from inference.web_chat import check_gradio, serve
 from utils.arguments import parse_arguments

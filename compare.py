@@ -14,10 +14,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from datasets import Dataset
 from tqdm.auto import tqdm
 
-from corpus.tokens import FILE_FORMATS, read_dataset, tokenize_prompts
+from corpus.files import FILE_FORMATS, Rows, read_dataset, suffix_of
+from corpus.tokens import tokenize_prompts
 from inference.side_by_side import InferenceArguments, Response, load_models, prompt_seed
 from reporting.html import html_page, markdown_cell, markdown_table, write_page
 from rewards.broken_replies import distinct_share
@@ -42,8 +42,8 @@ class CompareArguments(InferenceArguments):
     prompts: str | None = field(
         default=None,
         metadata={
-            "help": "A .jsonl/.json/.csv/.parquet file with a prompt column, a .txt file with a prompt a line, or the "
-            "text of one prompt.  Default: a few general questions."
+            "help": "A file with prompts in any form that --dataset takes, such as a .txt file with a prompt a line, or "
+            "the text of one prompt.  Default: a few general questions."
         },
     )
     max_prompts: int = field(default=100, metadata={"help": "Number of prompts to take, the first ones; -1: all."})
@@ -87,24 +87,16 @@ class Summary(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_prompts(words: str | None) -> Dataset:
+def read_prompts(words: str | None) -> Rows:
     """Rows of the file that --prompts names, or its own text as the one row.  Raises InputError."""
     if words is None:
-        return Dataset.from_dict({"prompt": DEFAULT_PROMPTS})
-    suffix = os.path.splitext(words)[1].lower()
-    if suffix == ".txt":
-        try:
-            with open(words, encoding="utf-8-sig") as file:
-                lines = [line.strip() for line in file]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read --prompts {words}: {error}; give a text file in UTF-8") from error
-        return Dataset.from_dict({"prompt": lines})
-    if suffix in FILE_FORMATS or os.path.exists(words):
+        return Rows(["prompt"], [{"prompt": prompt} for prompt in DEFAULT_PROMPTS])
+    if suffix_of(words) in FILE_FORMATS or os.path.exists(words):
         if not os.path.exists(words):
             raise InputError(f"there is no file {words}; check --prompts")
         return read_dataset(words)
     say("--prompts names no file: it is taken as the text of one prompt")
-    return Dataset.from_dict({"prompt": [words]})
+    return Rows(["prompt"], [{"prompt": words}])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +208,7 @@ def main() -> None:
 
     # ---- Models and prompts ----
     models = load_models(args)
-    dataset = tokenize_prompts(rows, models.template, models.tokenizer, models.max_query_length)
+    dataset = tokenize_prompts(rows, models.template, models.tokenizer, models.max_query_length, split="")
     if 0 < args.max_prompts < len(dataset):
         say(f"the first {args.max_prompts} of {len(dataset)} prompts are taken; --max_prompts changes that")
         dataset = dataset.select(range(args.max_prompts))

@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from corpus.chat_template import check_reply_end, reply_end_id, stop_token_ids
-from corpus.tokens import Preferences, check_template, tokenize_preferences, train_and_eval_rows
+from corpus.files import Rows, train_and_eval_rows
+from corpus.tokens import HELD_OUT, Preferences, check_template, tokenize_preferences
 from lora.adapters import (
     SCORE_KEY,
     SavedAdapter,
@@ -395,7 +396,7 @@ def response_lengths(pairs: Dataset) -> np.ndarray:
     return np.stack(sides, axis=1) - np.array(pairs["query_length"])[:, None]
 
 
-def first_rows(rows: Dataset, count: int) -> Dataset:
+def first_rows(rows: Rows, count: int) -> Rows:
     """The first `count` rows, all of them for -1."""
     return rows if count == -1 else rows.select(range(min(count, len(rows))))
 
@@ -409,7 +410,7 @@ def read_pairs(data: RewardDataArguments, template: str, tokenizer: PreTrainedTo
     ordinary = tokenize_preferences(first_rows(train_rows, data.train_subset), *limits)
     end_id = reply_end_id(tokenizer, template)
     train = add_broken_pairs(ordinary, data, tokenizer, end_id, seed)
-    held_out = tokenize_preferences(first_rows(eval_rows, data.eval_subset), *limits)
+    held_out = tokenize_preferences(first_rows(eval_rows, data.eval_subset), *limits, HELD_OUT)
     counts = dict.fromkeys(KINDS, data.probe_prompts)
     probes = broken_pairs(held_out.sources, counts, tokenizer, end_id, data.max_length, seed, held_out=True)
     return Pairs(train, response_lengths(ordinary.pairs), held_out.pairs, probes)

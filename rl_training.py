@@ -38,7 +38,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from corpus.chat_template import check_reply_end, stop_token_ids
-from corpus.tokens import check_template, tokenize_prompts, train_and_eval_rows
+from corpus.files import Rows, train_and_eval_rows
+from corpus.tokens import HELD_OUT, check_template, tokenize_prompts
 from lora.adapters import SavedAdapter, check_adapter, check_kind, read_adapter
 from lora.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from reporting.metrics import EVALUATED
@@ -667,14 +668,15 @@ def read_prompts(
     are too few for an iteration.
     """
     longest = longest_prompt(args)
-    train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_PREFERENCES)
+    train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_PREFERENCES, all_columns=bool(functions))
     check_evaluation(args, eval_rows is not None)
 
-    def tokenized(rows: Dataset) -> Dataset:
-        return tokenize_prompts(rows, template, tokenizer, longest, carried_columns(functions, rows.column_names))
+    def tokenized(rows: Rows, split: str) -> Dataset:
+        carried = carried_columns(functions, rows.column_names)
+        return tokenize_prompts(rows, template, tokenizer, longest, carried, split)
 
-    train = tokenized(train_rows)
-    evaluation = eval_rows and number_rows(tokenized(eval_rows))
+    train = tokenized(train_rows, "training")
+    evaluation = eval_rows and number_rows(tokenized(eval_rows, HELD_OUT))
     needed = args.batch_size * args.world_size
     guard = None
     if args.guard != "off":

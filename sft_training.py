@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from corpus.chat_template import stop_token_ids
-from corpus.tokens import check_template, tokenize_sft, train_and_eval_rows
+from corpus.files import train_and_eval_rows
+from corpus.tokens import HELD_OUT, check_template, tokenize_sft
 from lora.base_model import check_lengths, check_tokenizer, load_base, load_tokenizer
 from lora.lora_layers import new_lora_config
 from lora.sharding import check_state_dict
@@ -59,6 +60,10 @@ class SFTArguments(ResumableArguments, SFTConfig):
     output_dir: str | None = field(default="output/sft", metadata={"help": "Folder for everything that is written."})
     max_length: int = field(
         default=1024, metadata={"help": "Longest prompt + reply, in tokens; longer replies are cut."}
+    )
+    train_on_turns: str = field(
+        default="all",
+        metadata={"help": "Turns of the assistant in a dialogue that are trained.", "choices": ["all", "last"]},
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     trust_remote_code: bool = field(default=False, init=False)  # ModelArguments has it, and the base is loaded here
@@ -228,9 +233,10 @@ def main() -> None:
     day = settle_date(tokenizer, template, data_args.prompt_date, checkpoint)
     train_rows, eval_rows = train_and_eval_rows(data_args, DEFAULT_DATASET)
     check_evaluation(training_args, eval_rows is not None)
-    train = tokenize_sft(train_rows, template, tokenizer, training_args.max_length)
+    limits = template, tokenizer, training_args.max_length, training_args.train_on_turns
+    train = tokenize_sft(train_rows, *limits)
     check_batches(training_args, len(train))
-    evaluation = eval_rows and tokenize_sft(eval_rows, template, tokenizer, training_args.max_length)
+    evaluation = eval_rows and tokenize_sft(eval_rows, *limits, HELD_OUT)
 
     # ---- Model ----
     base = load_base(model_args, dtype, training_args.device)

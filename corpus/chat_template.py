@@ -1,5 +1,6 @@
 """What a chat template writes, and which tokens end a reply."""
 
+import json
 from collections.abc import Iterable, Sequence
 from datetime import date
 from typing import Any
@@ -7,17 +8,22 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from corpus.formats import Message
 from utils.console import InputError, one_line, say
 
 DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdFHIjmMpSuUwWxXyYZ"))  # of strftime()
-Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
 
 
 def chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool) -> str:
-    """A dialogue in the tokenizer's chat template.  Raises InputError when the template refuses it."""
+    """A dialogue in the tokenizer's chat template.  Raises InputError when the template refuses it.
+
+    A first turn with the role tools holds descriptions of tools as JSON, which templates get apart from the turns.
+    """
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     if hasattr(tokenizer, "prompt_date"):
         options["chat_template"] = with_date(tokenizer.get_chat_template(), tokenizer.prompt_date)
+    if messages and messages[0]["role"] == "tools":
+        options["tools"], messages = json.loads(messages[0]["content"]), messages[1:]
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except TemplateError as error:  # many want user and assistant in turn, or no system message

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from corpus.chat_template import check_reply_end, fix_date, reply_text, stop_token_ids
-from corpus.tokens import Message, check_template, encode_prompt
+from corpus.formats import Message
+from corpus.tokens import check_template, encode_prompt
 from lora.adapters import REWARD, SavedAdapter, attach_adapter, check_adapter, load_adapter, read_adapter, use_adapter
 from lora.base_model import check_tokenizer, load_base, load_tokenizer
 from lora.heads import add_hidden_state_fn, add_score_head

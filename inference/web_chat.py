@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TextIteratorStreamer
 
-from corpus.tokens import Message
+from corpus.formats import Message
 from inference.side_by_side import ChatModels, prompt_seed
 from reporting.html import WEB
 from utils.console import InputError, printable, say

@@ -1,21 +1,24 @@
 """From rows to token ids. Expected ids come from calling the tokenizer on a text that is written out here."""
 
+import gzip
 import json
+import sys
 
 import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
 
+from corpus.files import read_dataset, train_and_eval_rows
 from corpus.tokens import (
+    HELD_OUT,
     encode_prompt,
     encode_response,
     format_prompt,
-    read_dataset,
     tokenize_preferences,
     tokenize_prompts,
     tokenize_sft,
-    train_and_eval_rows,
 )
+from rewards.broken_replies import broken_pairs
 from tests.conftest import make_tokenizer, write_rows
 from utils.arguments import DataArguments
 from utils.batching import pad_right
@@ -113,7 +116,7 @@ def named(layouts):
 def test_sft_columns(tokenizer, row, prompt, replies):
     query = ids_of(tokenizer, prompt)
     wanted = [[*ids_of(tokenizer, reply), EOS] for reply in replies]
-    rows = tokenize_sft(one(row), TEMPLATE, tokenizer, 200)
+    rows = tokenize_sft(one(row), TEMPLATE, tokenizer, 200, "last")
     assert rows["input_ids"] == [query + reply for reply in wanted]
     assert rows["labels"] == [[-100] * len(query) + reply for reply in wanted]
 
@@ -145,9 +148,9 @@ def test_unknown_columns_are_named(tokenizer, read):
 
 def test_a_column_of_numbers_is_named(tokenizer):
     """A .csv with answers like 42 is read as numbers; the tokenizer would fail on them with a traceback."""
-    with pytest.raises(InputError, match="column answer of the dataset holds int64, wanted text"):
+    with pytest.raises(InputError, match=r"column answer of the dataset holds int \(42\), wanted text"):
         tokenize_sft(one({"question": "6 x 7?", "answer": 42}), TEMPLATE, tokenizer, 200)
-    with pytest.raises(InputError, match="column messages of the dataset holds string, wanted turns"):
+    with pytest.raises(InputError, match=r"column messages of the dataset holds str \(hi\), wanted turns"):
         tokenize_sft(one({"messages": "hi"}), TEMPLATE, tokenizer, 200)
 
 
@@ -172,7 +175,7 @@ def test_files(tmp_path, form):
     else:
         DatasetDict({"train": one({"prompt": "x", "response": "y"}), "extra": made}).save_to_disk(path)
     split = "extra" if form == "DatasetDict" else "train"
-    assert read_dataset(str(path), split).to_list() == rows
+    assert list(read_dataset(str(path), split)) == rows
 
 
 def test_a_missing_split_is_named(tmp_path):
@@ -181,7 +184,85 @@ def test_a_missing_split_is_named(tmp_path):
         read_dataset(str(tmp_path / "rows"), "test")
 
 
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".csv.gz", ".tsv", ".txt"])
+def test_more_files(tmp_path, suffix):
+    content = {
+        ".jsonl.gz": b'{"prompt": "a, b"}\n\n{"prompt": "NA"}\n',
+        ".csv.gz": b'prompt\r\n"a, b"\r\nNA\r\n',
+        ".tsv": b"n\tprompt\n1\ta, b\n2\tNA\n",
+        ".txt": b"\xef\xbb\xbfa, b\r\nNA\n",
+    }[suffix]
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    assert prompts_of(read_dataset(str(path))) == ["a, b", "NA"]
+
+
+def test_half_a_gz_is_one_line(tmp_path):
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 100)[:30])
+    with pytest.raises(InputError, match=r"cannot read the dataset .*rows\.jsonl\.gz"):
+        read_dataset(str(tmp_path / "rows.jsonl.gz"))
+
+
+def test_excel_without_openpyxl_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"pip install openpyxl, or save the sheet as \.csv"):
+        read_dataset(str(tmp_path / "rows.xlsx"))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "csv"])
+def test_a_folder_of_shards(tmp_path, form):
+    """Shards whose unused columns differ in type are one data set; a README beside them is none of it."""
+    for number, row in enumerate([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "x-1"}]):
+        shard = tmp_path / "data" / f"part-{number}.{form}"
+        shard.parent.mkdir(exist_ok=True)
+        if form == "jsonl":
+            write_rows(shard, [row])
+        else:
+            getattr(one(row), f"to_{form}")(shard)
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "prompts.txt").write_text("no")
+    assert prompts_of(read_dataset(str(tmp_path))) == ["a", "b"]
+    assert prompts_of(read_dataset(str(tmp_path), data_dir="data")) == ["a", "b"]
+
+
+def test_the_names_of_shards_tell_their_split(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": name}])
+    assert prompts_of(read_dataset(str(tmp_path))) == ["train-00000-of-00002", "train-00001-of-00002"]
+    assert prompts_of(read_dataset(str(tmp_path), "validation")) == ["validation-00000-of-00001"]
+    with pytest.raises(InputError, match="is of the split test; found train, validation; change --dataset_split"):
+        read_dataset(str(tmp_path), "test")
+
+
+TRICKY = ["None", "NA", "null", "N/A", "nan", "007", "2021-05-01", "1e5", "True"]
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+def test_texts_stay_texts(tmp_path, tokenizer, form):
+    """pandas took the replies None and NA for none, and pyarrow made a date of 2021-05-01, which was refused."""
+    mark = {"csv": ",", "tsv": "\t"}.get(form)
+    lines = [json.dumps({"prompt": "a", "response": text}) if form == "jsonl" else f"a{mark}{text}" for text in TRICKY]
+    path = tmp_path / f"rows.{form}"
+    path.write_text("\n".join([*([] if form == "jsonl" else [f"prompt{mark}response"]), *lines]) + "\n")
+    rows = tokenize_sft(read_dataset(str(path)), TEMPLATE, tokenizer, 200)
+    replies = [[label for label in labels if label != -100] for labels in rows["labels"]]
+    assert replies == [[*ids_of(tokenizer, text), EOS] for text in TRICKY]
+
+
+def test_later_rows_may_differ_in_what_is_not_read(tmp_path):
+    """10 MB of null in `input`, or of numbers in `id`, and then a text: a right file was refused."""
+    long = "a" * 300
+    rows = [{"instruction": f"{n} {long}", "input": None, "output": "yes", "id": n} for n in range(35_000)]
+    last = {"instruction": "sum", "input": "3 and 4", "output": "7", "id": "x-1"}
+    assert read_dataset(write_rows(tmp_path / "rows.jsonl", [*rows, last]))[35_000]["input"] == "3 and 4"
+
+
 # ---- Held-out rows ----
+
+
+def prompts_of(rows):
+    return [row["prompt"] for row in rows]
 
 
 def held_out(path, fraction):
@@ -193,12 +274,12 @@ def test_eval_fraction_holds_out_whole_prompts(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", rows)
     train, evaluation = held_out(path, 0.25)
     assert len(train) + len(evaluation) == 600
-    assert not set(train["prompt"]) & set(evaluation["prompt"])
-    prompts = len(set(evaluation["prompt"]))
+    assert not set(prompts_of(train)) & set(prompts_of(evaluation))
+    prompts = len(set(prompts_of(evaluation)))
     assert len(evaluation) == 3 * prompts  # all the rows of a prompt
     assert 30 <= prompts <= 70  # 200 x 0.25, within 3 standard deviations
     again = held_out(path, 0.25)
-    assert (again[0].to_list(), again[1].to_list()) == (train.to_list(), evaluation.to_list())
+    assert again == (train, evaluation)
 
 
 def test_stages_hold_out_the_same_prompts(tmp_path):
@@ -206,7 +287,7 @@ def test_stages_hold_out_the_same_prompts(tmp_path):
     prompts = [f"prompt {i}" for i in range(100)]
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": p, "chosen": "a", "rejected": "b"} for p in prompts])
     alone = write_rows(tmp_path / "alone.jsonl", [{"prompt": p} for p in reversed(prompts)])
-    assert set(held_out(pairs, 0.2)[1]["prompt"]) == set(held_out(alone, 0.2)[1]["prompt"])
+    assert set(prompts_of(held_out(pairs, 0.2)[1])) == set(prompts_of(held_out(alone, 0.2)[1]))
 
 
 def test_eval_dataset_wins_and_no_fraction_means_none(tmp_path):
@@ -216,13 +297,240 @@ def test_eval_dataset_wins_and_no_fraction_means_none(tmp_path):
     train, evaluation = train_and_eval_rows(
         DataArguments(dataset=path, eval_dataset=other, eval_fraction=0.5), "nothing"
     )
-    assert (train["prompt"], evaluation["prompt"]) == (["a", "b"], ["c"])
+    assert (prompts_of(train), prompts_of(evaluation)) == (["a", "b"], ["c"])
 
 
 def test_a_share_that_leaves_nothing_is_an_error(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}] * 3)
     with pytest.raises(InputError, match="leaves"):
         held_out(path, 0.5)
+
+
+# ---- Own columns ----
+
+
+def test_own_column_names(tmp_path, tokenizer, capsys):
+    rows = [{"Frage": f"hi {n}", "gut": "yo", "schlecht": "no", "prompt": "other", "messages": 3} for n in range(2)]
+    words = "prompt=Frage, chosen=gut,rejected=schlecht"
+    data = DataArguments(dataset=write_rows(tmp_path / "rows.jsonl", rows), columns=words)
+    train, _ = train_and_eval_rows(data, "nothing")
+    assert "rows.jsonl that are not used: prompt, messages\n" in capsys.readouterr().err
+    pairs = tokenize_preferences(train, TEMPLATE, tokenizer, 200, "drop").pairs
+    assert pairs["chosen_ids"][1] == [*ids_of(tokenizer, "Q: hi 1\nA:"), *ids_of(tokenizer, "yo"), EOS]
+    wanted = [ids_of(tokenizer, f"Q: hi {n}\nA:") for n in range(2)]
+    assert tokenize_prompts(train, TEMPLATE, tokenizer, 200)["input_ids"] == wanted
+
+
+def test_wrong_own_column_names_are_one_line(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"Frage": "hi", "Antwort": "yo"}])
+    with pytest.raises(InputError, match=r"--columns names frage, which .* does not have; found Frage, Antwort"):
+        train_and_eval_rows(DataArguments(dataset=path, columns="prompt=frage"), "nothing")
+    for words in ("prompt", "prompt=", "frage=prompt", ""):
+        with pytest.raises(InputError, match="is not NAME=COLUMN with a NAME out of prompt, response"):
+            DataArguments(columns=words)
+    with pytest.raises(InputError, match="names a column twice"):
+        DataArguments(columns="prompt=a,prompt=b")
+
+
+def test_unused_columns_are_named_once(tmp_path, tokenizer, capsys):
+    rows = read_dataset(write_rows(tmp_path / "rows.jsonl", [{"id": 1, "prompt": "a", "response": "b", "source": {}}]))
+    tokenize_sft(rows, TEMPLATE, tokenizer, 200)
+    tokenize_sft(rows, TEMPLATE, tokenizer, 200, split=HELD_OUT)
+    assert capsys.readouterr().err.count("note: columns that are not used: id, source\n") == 1
+
+
+# ---- Dialogues ----
+
+TALK = [user("hi"), assistant("hello"), user("and?"), assistant("yo"), user("so?"), assistant("bye")]
+
+
+def trained(rows, tokenizer):
+    """The texts with loss, of each row."""
+    found = []
+    for row in rows:
+        text = tokenizer.decode([label if label != -100 else 0 for label in row["labels"]])
+        found.append([part for part in text.split("<pad>") if part])
+    return found
+
+
+def test_every_turn_of_the_assistant_is_trained(tokenizer, capsys):
+    """What --train_on_turns chooses.  Of three replies in a dialogue the last one alone was learnt, without a word."""
+    chatty = make_tokenizer()
+    chatty.chat_template = CHATML
+    data = Dataset.from_list([{"messages": TALK}, {"messages": TALK[:3]}])
+    rows = tokenize_sft(data, "chat", chatty, 200)
+    assert trained(rows, chatty) == [["hello</s>", "yo</s>", "bye</s>"], ["hello</s>"]]
+    assert "training: 2 dialogues, 4 trained turns in 2 rows" in capsys.readouterr().err
+    text = "<|user|>hi</s><|assistant|>hello</s><|user|>and?</s><|assistant|>yo</s><|user|>so?</s><|assistant|>bye</s>"
+    assert rows["input_ids"][0] == ids_of(chatty, text)
+    assert trained(tokenize_sft(data, "chat", chatty, 200, "last"), chatty) == [["bye</s>"], ["hello</s>"]]
+    # without an end behind earlier replies, each is a row of its own: its ids are those of PPO's prompt and reply
+    plain = tokenize_sft(data, TEMPLATE, tokenizer, 200)
+    assert trained(plain, tokenizer) == [["hello</s>"], ["yo</s>"], ["bye</s>"], ["hello</s>"]]
+    query = tokenize_prompts(one({"messages": TALK}), TEMPLATE, tokenizer, 200)["input_ids"][0]
+    assert plain["input_ids"][2][: len(query)] == query
+    assert "training: 2 dialogues, 4 trained turns in 4 rows" in capsys.readouterr().err
+
+
+def test_a_template_that_writes_earlier_replies_otherwise(capsys):
+    """Qwen3 leaves the thoughts out of earlier replies: a mask over one rendering would train replies without them."""
+    thinking = make_tokenizer()
+    thinking.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and not loop.last %}"
+        "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    talk = [user("hi"), assistant("<think>x</think>hello"), user("and?"), assistant("<think>y</think>yo")]
+    rows = tokenize_sft(one({"messages": talk}), "chat", thinking, 200)
+    assert trained(rows, thinking) == [["<think>x</think>hello</s>"], ["<think>y</think>yo</s>"]]
+    assert thinking.decode(rows["input_ids"][1]) == (
+        "<|user|>hi</s><|assistant|>hello</s><|user|>and?</s><|assistant|><think>y</think>yo</s>"
+    )
+
+
+def test_a_long_dialogue_keeps_the_turns_that_fit(tokenizer, capsys):
+    chatty = make_tokenizer()
+    chatty.chat_template = CHATML
+    length = len(ids_of(chatty, "<|user|>hi</s><|assistant|>hello</s>"))
+    rows = tokenize_sft(one({"messages": [*TALK[:2], user("long " * 50), assistant("yo")]}), "chat", chatty, length)
+    assert trained(rows, chatty) == [["hello</s>"]]
+    assert "1 kept, 1 prompt too long" in capsys.readouterr().err
+
+
+def test_weight_0_is_not_trained(capsys):
+    chatty = make_tokenizer()
+    chatty.chat_template = CHATML
+    talk = [user("hi"), {**assistant("hello"), "weight": 0}, user("and?"), {**assistant("yo"), "weight": 1}]
+    assert trained(tokenize_sft(one({"messages": talk}), "chat", chatty, 200), chatty) == [["yo</s>"]]
+    assert "1 kept, 1 weight 0" in capsys.readouterr().err
+
+
+def test_tools_are_given_to_the_chat_template():
+    """The words of the template for a call are trained, with its end; OpenAI writes arguments as JSON text."""
+    template = make_tokenizer()
+    template.chat_template = (
+        "{% if tools %}[{{ tools[0].function.name }}]{% endif %}{% for m in messages %}<|{{ m.role }}|>"
+        "{% if m.tool_calls %}<call>{{ m.tool_calls[0].function.arguments.at }}</call>{% else %}{{ m.content }}{% endif %}"
+        "</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "now", "arguments": '{"at": "x"}'}}
+    talk = [
+        user("time?"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": ""},
+        assistant("nine"),
+    ]
+    row = {"messages": talk, "tools": json.dumps([{"type": "function", "function": {"name": "now"}}])}
+    rows = tokenize_sft(one(row), "chat", template, 200)
+    assert template.decode(rows["input_ids"][0]) == (
+        "[now]<|user|>time?</s><|assistant|><call>x</call></s><|tool|></s><|assistant|>nine</s>"
+    )
+    assert trained(rows, template) == [["<call>x</call></s>", "nine</s>"]]
+
+
+def test_turns_of_which_some_have_more_keys(tmp_path, tokenizer):
+    """A name in some of the turns, and the file was refused as if they had no role and content."""
+    talks = [[user("hi"), assistant("yo")], [{**user("hi"), "name": "bob"}, assistant("yo")]]
+    rows = read_dataset(write_rows(tmp_path / "rows.jsonl", [{"messages": talk} for talk in talks]))
+    wanted = [*ids_of(tokenizer, "Q: hi\nA:"), *ids_of(tokenizer, "yo"), EOS]
+    assert tokenize_sft(rows, TEMPLATE, tokenizer, 200)["input_ids"] == [wanted, wanted]
+
+
+# ---- Pairs ----
+
+
+def sides_of(pairs, tokenizer):
+    return [tuple(tokenizer.decode(pair[side]) for side in ("chosen_ids", "rejected_ids")) for pair in pairs]
+
+
+def test_turns_beside_a_prompt_are_kept(tokenizer, capsys):
+    """`prompt` with whole dialogues beside it: the turns between the two were left out without a word."""
+    asked = [user("first?"), assistant("one"), user("second?")]
+    wanted = ("Q: first?\nA:one\n\nQ: second?\nA:two</s>", "Q: first?\nA:one\n\nQ: second?\nA:no</s>")
+    beside = {
+        "first": ("first?", asked),
+        "last": ("second?", asked),
+        "all": (asked, asked),
+        "going on": ("first?", asked[1:]),
+        "overlap": (asked[:1], asked),
+    }
+    for prompt, turns in beside.values():
+        row = {"prompt": prompt, "chosen": [*turns, assistant("two")], "rejected": [*turns, assistant("no")]}
+        assert sides_of(tokenize_preferences(one(row), TEMPLATE, tokenizer, 200, "drop").pairs, tokenizer) == [wanted]
+        assert tokenizer.decode(tokenize_prompts(one(row), TEMPLATE, tokenizer, 200)["input_ids"][0]) == wanted[0][:-7]
+
+
+def test_dialogues_that_part_early_are_counted(tokenizer, capsys):
+    early = {"chosen": TALK[:4], "rejected": [user("hi"), assistant("what?"), user("and?"), assistant("no")]}
+    asked = {"chosen": TALK[:4], "rejected": [user("hi"), assistant("hello"), user("else?"), assistant("no")]}
+    pairs = tokenize_preferences(Dataset.from_list([early, asked]), TEMPLATE, tokenizer, 200, "drop").pairs
+    assert sides_of(pairs, tokenizer) == [("Q: hi\nA:hello</s>", "Q: hi\nA:what?</s>")]
+    said = capsys.readouterr().err
+    assert "1 kept, 1 no shared prompt" in said
+    assert "note: 1 of the training pairs differ before the last turn; the first turns that differ are compared" in said
+
+
+def test_scores_make_pairs(tokenizer, capsys):
+    """Margins by hand: the scores go from 1 to 5, so 5 against 3 is half of the widest difference."""
+    scored = [("a", "x", 5), ("a", "y", 3), ("a", "z", 3), ("b", "x", 1), ("b", "y", 2), ("c", "x", 4)]
+    rows = Dataset.from_list([{"prompt": p, "response": r, "score": score, "id": r} for p, r, score in scored])
+    pairs = tokenize_preferences(rows, TEMPLATE, tokenizer, 200, "drop").pairs
+    x_y, x_z = (("Q: a\nA:x</s>", f"Q: a\nA:{worse}</s>") for worse in "yz")
+    assert sides_of(pairs, tokenizer) == [x_y, x_z, ("Q: b\nA:y</s>", "Q: b\nA:x</s>")]
+    assert pairs["margin"] == [0.5, 0.5, 0.25]
+    said = capsys.readouterr().err
+    assert "training: 3 pairs of 6 scored replies; 1 pairs have equal scores, 1 prompts one reply" in said
+    assert "not used: id\n" in said
+    with pytest.raises(InputError, match="none of the 1 prompts has two responses with different scores"):
+        tokenize_preferences(rows.select(range(1, 3)), TEMPLATE, tokenizer, 200, "drop")
+    with pytest.raises(InputError, match="column score of the dataset holds str"):
+        tokenize_preferences(one({"prompt": "a", "response": "b", "score": "good"}), TEMPLATE, tokenizer, 200, "drop")
+
+
+def test_a_pair_of_equal_tokens_is_dropped(tokenizer, capsys):
+    """Replies that differ in an EOS at their end alone are the same tokens: nothing can be learnt from the pair."""
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "yo", "rejected": reply} for reply in ("yo</s>", "no")])
+    assert len(tokenize_preferences(rows, TEMPLATE, tokenizer, 200, "drop").pairs) == 1
+    assert "1 chosen equals rejected, 1 kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", [None, " \n", [user(None)], [user(" ")], [user("a"), assistant(None), user("b")]])
+def test_what_is_empty_in_one_place_is_empty_in_all(tokenizer, capsys, prompt):
+    """A white prompt was dropped from training and still made broken pairs; null in a turn ended in a traceback there."""
+    rows = Dataset.from_list([{"prompt": prompt, "chosen": "yes yes", "rejected": "no no"}])
+    for tokenize, more in ((tokenize_sft, ()), (tokenize_preferences, ("drop",)), (tokenize_prompts, ())):
+        with pytest.raises(InputError, match=r"none of 1 rows is usable: \{'empty': 1\}"):
+            tokenize(rows, TEMPLATE, tokenizer, 200, *more)
+    whole = Dataset.from_list([{**rows[0], "prompt": [user("hi")] if isinstance(prompt, list) else "hi"}, rows[0]])
+    preferences = tokenize_preferences(whole, TEMPLATE, tokenizer, 200, "drop")
+    assert [source.prompt for source in preferences.sources] == ["hi"]
+    pairs = broken_pairs(preferences.sources, {"empty": 5}, tokenizer, EOS, 200, 0)
+    assert {tuple(pair["rejected_ids"]) for pair in pairs} == {(*ids_of(tokenizer, "Q: hi\nA:"), EOS)}
+
+
+# ---- What is trained on ----
+
+
+def test_one_example_is_shown(tokenizer, capsys):
+    rows = one({"prompt": "hi", "chosen": "yo", "rejected": "no"})
+    query = len(ids_of(tokenizer, "Q: hi\nA:"))
+    reply = len(ids_of(tokenizer, "yo")) + 1
+    tokenize_sft(rows, TEMPLATE, tokenizer, 200)
+    shown = (
+        f"one example of {query + reply} tokens, {reply} of them with loss, marked:\n    Q: hi\n    A:>>>yo</s><<<\n"
+    )
+    assert shown in capsys.readouterr().err
+    tokenize_preferences(rows, TEMPLATE, tokenizer, 200, "drop")
+    said = capsys.readouterr().err
+    assert "the last one:\n    Q: hi\n    A:>>>yo</s><<<\n" in said
+    assert "the last one:\n    Q: hi\n    A:>>>no</s><<<\n" in said
+    tokenize_prompts(rows, TEMPLATE, tokenizer, 200)
+    assert (
+        f"one prompt of {query} tokens, behind which the policy replies:\n    Q: hi\n    A:\n"
+        in capsys.readouterr().err
+    )
+    tokenize_prompts(rows, TEMPLATE, tokenizer, 200, split=HELD_OUT)
+    assert "one prompt" not in capsys.readouterr().err
 
 
 # ---- Lengths ----
@@ -287,8 +595,11 @@ def test_useless_pairs_are_dropped_and_counted(tokenizer, capsys):
         ]
     )
     pairs, _ = tokenize_preferences(rows, TEMPLATE, tokenizer, 200, "drop")
-    assert pairs["rejected_ids"] == [[*ids_of(tokenizer, "Q: hi\nA:"), EOS]]  # an empty rejected reply teaches a lot
-    assert "1 chosen equals rejected, 2 empty, 1 kept" in capsys.readouterr().err
+    # an empty rejected reply teaches a lot, and null is an empty text
+    assert pairs["rejected_ids"] == [[*ids_of(tokenizer, "Q: hi\nA:"), EOS]] * 2
+    said = capsys.readouterr().err
+    assert "1 chosen equals rejected, 1 empty, 2 kept" in said
+    assert "null, read as an empty text: 1 in rejected" in said
 
 
 def test_prompts_are_distinct_and_short_enough(tokenizer, capsys):
@@ -314,7 +625,11 @@ def test_chat_template_is_the_tokenizers(tokenizer):
     assert encode_prompt(TURNS, "chat", chatty) == ids_of(chatty, text)  # </s> in the middle is an id of its own
     assert encode_prompt(TURNS, "chat", chatty).count(EOS) == 3
     rows = tokenize_sft(one({"messages": [*TURNS, assistant("yo")]}), "chat", chatty, 200)
-    assert rows["input_ids"] == [[*ids_of(chatty, text), *ids_of(chatty, "yo"), EOS]]
+    hello, yo = ([*ids_of(chatty, reply), EOS] for reply in ("hello", "yo"))
+    assert rows["input_ids"] == [[*ids_of(chatty, text), *yo]]
+    before, between = "<|user|>hi</s><|assistant|>", "<|user|>and?</s><|assistant|>"
+    ignored = [[-100] * len(ids_of(chatty, part)) for part in (before, between)]
+    assert rows["labels"] == [[*ignored[0], *hello, *ignored[1], *yo]]
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, "chat"])

@@ -669,7 +669,7 @@ ELSEWHERE = {  # file -> arguments whose effect is its subject, or that it gives
     "test_launch": "use_cpu",
     "test_resume": "resume_from_checkpoint adap_kl_ctrl adap_kl_target adap_kl_horizon",
     "test_nonfinite": "max_nonfinite_steps",
-    "test_data": "eval_fraction",
+    "test_data": "eval_fraction columns train_on_turns",
     "test_trackers": "run_name project",
     "test_reward_training": "sft_model_lora_path degenerate_ratio degenerate_kinds exempt_probes "
     "length_penalty_coefficient ensemble_size ensemble_penalty output_max_length",

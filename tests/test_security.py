@@ -15,7 +15,7 @@ import torch
 
 import compare
 import sft_training
-from corpus.tokens import read_dataset
+from corpus.files import read_dataset
 from lora.adapters import POLICY, attach_adapter, load_weights, read_adapter
 from lora.base_model import load_base, load_tokenizer
 from runs.checkpoints import seal

@@ -175,7 +175,7 @@ def test_training_data_end_a_reply_as_the_earlier_turns_end(family: str) -> None
     tokenizer = family_tokenizer(family)
     end = end_of(family, tokenizer)
     prompt, reply = DIALOGUE[:3], DIALOGUE[3]["content"]
-    sft = tokenize_sft(Dataset.from_list([{"messages": DIALOGUE}]), "chat", tokenizer, 300)[0]
+    sft = tokenize_sft(Dataset.from_list([{"messages": DIALOGUE}]), "chat", tokenizer, 300, "last")[0]
     whole = tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
     if family == "mistral":  # whose template has a space in front of a reply, which no generation prompt writes
         whole = whole.replace("[/INST] 我", "[/INST]我")

@@ -27,6 +27,20 @@ from utils.console import InputError, is_main_process, one_line, say
 from utils.offered import INSTEAD, NEEDS, NO_SCHEDULES, OF_BITSANDBYTES, OPTIMIZERS, SECTIONS
 
 DEFAULT_TEMPLATE = "问：{prompt}\n\n答："
+# The names that --columns gives to columns.
+COLUMNS = (
+    "prompt",
+    "response",
+    "messages",
+    "chosen",
+    "rejected",
+    "system",
+    "history",
+    "input",
+    "tools",
+    "score",
+    "margin",
+)
 DEFAULT_PREFERENCES = "beyond/rlhf-reward-single-round-trans_chinese"  # the article's reward data and PPO prompts
 
 
@@ -100,7 +114,17 @@ class DataArguments:
 
     dataset: str | None = field(
         default=None,
-        metadata={"help": "Hub name, save_to_disk folder, or a .jsonl/.json/.csv/.parquet file."},
+        metadata={
+            "help": "Hub name, save_to_disk folder, folder of shards, or a file: .jsonl, .json, .csv, .tsv, .parquet, "
+            ".xlsx, .txt (a prompt a line); see docs/data.md."
+        },
+    )
+    columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "Own column names, as prompt=Frage,chosen=gut,rejected=schlecht; no other columns are read then.  "
+            f"On the left: {', '.join(COLUMNS)}."
+        },
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of --dataset."})
     dataset_data_dir: str | None = field(
@@ -122,12 +146,28 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        self.own_columns = None if self.columns is None else split_columns(self.columns)
         try:
             datetime.date.fromisoformat(self.prompt_date or "2026-01-01")
         except ValueError as error:
             raise InputError(f"--prompt_date is {self.prompt_date}; give a day such as 2026-11-25") from error
         if not 0 <= self.eval_fraction < 1:
             raise InputError(f"--eval_fraction is {self.eval_fraction}; give a share from 0 up to, not including, 1")
+
+
+def split_columns(words: str) -> dict[str, str]:
+    """What the columns are called here -> in the data.  Raises InputError for a name that is not known, or there twice."""
+    pairs = [pair.partition("=") for pair in words.split(",")]
+    for ours, mark, theirs in pairs:
+        if ours.strip() not in COLUMNS or not mark or not theirs.strip():
+            raise InputError(
+                f"--columns {words}: {''.join((ours, mark, theirs))!r} is not NAME=COLUMN with a NAME out of "
+                f"{', '.join(COLUMNS)}; give prompt=Frage,response=Antwort, say"
+            )
+    found = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    if len(found) < len(pairs):
+        raise InputError(f"--columns {words} names a column twice; give each once")
+    return found
 
 
 @dataclass

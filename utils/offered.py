@@ -80,8 +80,8 @@ INSTEAD = {
 SECTIONS = {
     "what to train": "model_name_or_path prompt_template dtype load_in_4bit trust_remote_code sft_model_lora_path "
     "reward_model_lora_path reward_function reward_weights merged_sft_model_path critic ensemble_size ensemble_penalty plan",
-    "on what": "dataset dataset_split dataset_data_dir eval_dataset eval_dataset_split eval_dataset_data_dir eval_fraction "
-    "prompt_date max_length train_subset eval_subset overlong_pairs",
+    "on what": "dataset columns dataset_split dataset_data_dir eval_dataset eval_dataset_split eval_dataset_data_dir "
+    "eval_fraction prompt_date max_length train_on_turns train_subset eval_subset overlong_pairs",
     "LoRA": "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters",
     "reward model": "center_rewards_coefficient length_penalty_coefficient degenerate_ratio degenerate_kinds exempt_probes "
     "probe_prompts",

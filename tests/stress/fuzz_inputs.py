@@ -27,7 +27,8 @@ import yaml
 from datasets import Dataset, disable_progress_bars
 from transformers.utils import logging
 
-from corpus.tokens import tokenize_preferences, tokenize_prompts, tokenize_sft, train_and_eval_rows
+from corpus.files import train_and_eval_rows
+from corpus.tokens import tokenize_preferences, tokenize_prompts, tokenize_sft
 from lora.adapters import REFERENCE, attach_adapter, check_adapter, load_adapter, read_adapter
 from lora.base_model import base_fingerprint
 from lora.heads import add_hidden_state_fn, add_score_head
@@ -48,6 +49,18 @@ ROWS: list[list[dict[str, Any]]] = [
     [{"chosen": "\n\nHuman: hi\n\nAssistant: yo", "rejected": "\n\nHuman: hi\n\nAssistant: no"}],
     [{"messages": TURNS}, {"messages": [*TURNS, *TURNS]}],
     [{"question": "hi", "chatgpt_answers": ["yo", "hey"]}],
+    [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "system": "Be kind."}] * 2,
+    [{"prompt": "hi", "response": "yo", "score": 1.0}, {"prompt": "hi", "response": "no", "score": 0.0}],
+    [
+        {
+            "prompt": "hi",
+            "chosen": [*TURNS, *TURNS],
+            "rejected": [*TURNS, TURNS[0], {"role": "assistant", "content": "no"}],
+        }
+    ],
+    [{"instruction": "hi", "history": [["a", "b"]], "output": "yo", "tools": '[{"name": "now"}]'}],
+    [{"prompt": "hi", "chosen": "yo", "rejected": ["no", "nay"]}],
+    [{"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}]}],
     [{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Say yo", "input": "", "output": "yo"}],
 ]
 CONFIG = {
