@@ -23,6 +23,11 @@ def chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_g
     if hasattr(tokenizer, "prompt_date"):
         options["chat_template"] = with_date(tokenizer.get_chat_template(), tokenizer.prompt_date)
     if messages and messages[0]["role"] == "tools":
+        if "tools" not in str(tokenizer.get_chat_template()):
+            raise InputError(
+                "the data have tools, of which the tokenizer's chat template writes nothing; leave them out (--columns "
+                "messages=messages), or give a --prompt_template with {prompt}"
+            )
         options["tools"], messages = json.loads(messages[0]["content"]), messages[1:]
     try:
         return tokenizer.apply_chat_template(messages, **options)

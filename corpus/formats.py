@@ -147,8 +147,10 @@ def _turn(column: str, turn: Row) -> Message:
         key: part for key, part in turn.items() if part is not None and key not in ("role", "from", "content", "value")
     }
     if "tool_calls" in more:
+        if not isinstance(more["tool_calls"], list):
+            raise _wrong_kind(column, turn, "turns whose tool_calls are a list")
         more["tool_calls"] = [_call(call) for call in more["tool_calls"]]
-    return {"role": ROLES.get(role or "", role), "content": content or "", **more}
+    return {"role": role and ROLES.get(role.lower(), role.lower()), "content": content or "", **more}
 
 
 def _call(call: Any) -> Any:
@@ -207,9 +209,10 @@ def _prompt_in(column: str, columns: set[str]) -> Reader:
             prompt = [{"role": "system", "content": rule}, *as_turns(prompt)]
         tools = _from_json(row.get("tools"))
         if tools:
+            if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+                raise _wrong_kind("tools", tools, "a list of descriptions, or its JSON text")
             # a turn of its own, in front: whatever is cut out of the dialogue keeps it
-            text = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
-            prompt = [{"role": "tools", "content": text}, *as_turns(prompt)]
+            prompt = [{"role": "tools", "content": json.dumps(tools, ensure_ascii=False)}, *as_turns(prompt)]
         return prompt
 
     beside = (name for name in (extra, system, "history", "tools") if name in columns)

@@ -428,6 +428,21 @@ def test_tools_are_given_to_the_chat_template():
     assert trained(rows, template) == [["<call>x</call></s>", "nine</s>"]]
 
 
+def test_tools_that_nobody_would_write_are_one_line(tokenizer):
+    chatty = make_tokenizer()
+    chatty.chat_template = CHATML
+    row = {"messages": TALK[:2], "tools": '[{"name": "now"}]'}
+    with pytest.raises(InputError, match="the data have tools, of which the tokenizer's chat template writes nothing"):
+        tokenize_sft(one(row), "chat", chatty, 200)
+    with pytest.raises(
+        InputError, match=r"column tools of the dataset holds str \(now\), wanted a list of descriptions"
+    ):
+        tokenize_sft(one({**row, "tools": "now"}), TEMPLATE, tokenizer, 200)
+    call = {**assistant("hello"), "tool_calls": 3}
+    with pytest.raises(InputError, match="wanted turns whose tool_calls are a list"):
+        tokenize_sft(one({"messages": [user("hi"), call]}), TEMPLATE, tokenizer, 200)
+
+
 def test_turns_of_which_some_have_more_keys(tmp_path, tokenizer):
     """A name in some of the turns, and the file was refused as if they had no role and content."""
     talks = [[user("hi"), assistant("yo")], [{**user("hi"), "name": "bob"}, assistant("yo")]]
