@@ -197,6 +197,11 @@ def test_more_files(tmp_path, suffix):
     assert prompts_of(read_dataset(str(path))) == ["a, b", "NA"]
 
 
+def test_a_field_keeps_its_line_ends(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b'n,prompt\r\n1,"a\r\nb ""c"""\r\n')
+    assert prompts_of(read_dataset(str(tmp_path / "rows.csv"))) == ['a\r\nb "c"']
+
+
 def test_half_a_gz_is_one_line(tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 100)[:30])
     with pytest.raises(InputError, match=r"cannot read the dataset .*rows\.jsonl\.gz"):
@@ -467,12 +472,23 @@ def test_turns_beside_a_prompt_are_kept(tokenizer, capsys):
         "last": ("second?", asked),
         "all": (asked, asked),
         "going on": ("first?", asked[1:]),
-        "overlap": (asked[:1], asked),
     }
     for prompt, turns in beside.values():
         row = {"prompt": prompt, "chosen": [*turns, assistant("two")], "rejected": [*turns, assistant("no")]}
         assert sides_of(tokenize_preferences(one(row), TEMPLATE, tokenizer, 200, "drop").pairs, tokenizer) == [wanted]
         assert tokenizer.decode(tokenize_prompts(one(row), TEMPLATE, tokenizer, 200)["input_ids"][0]) == wanted[0][:-7]
+
+
+def test_a_dialogue_that_begins_with_the_end_of_the_prompt(tokenizer):
+    prompt = [user("zero?"), assistant("nil"), user("first?")]
+    row = {
+        "prompt": prompt,
+        "chosen": [user("first?"), assistant("one")],
+        "rejected": [user("first?"), assistant("no")],
+    }
+    wanted = "Q: zero?\nA:nil\n\nQ: first?\nA:"
+    pairs = tokenize_preferences(one(row), TEMPLATE, tokenizer, 200, "drop").pairs
+    assert sides_of(pairs, tokenizer) == [(wanted + "one</s>", wanted + "no</s>")]
 
 
 def test_dialogues_that_part_early_are_counted(tokenizer, capsys):
