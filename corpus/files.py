@@ -210,7 +210,8 @@ def _excel_rows(path: str, columns: dict[str, None]) -> list[Row]:
         import pandas as pd
     except ImportError as error:
         raise InputError(
-            f"{path} is an Excel table, for which openpyxl is missing; pip install openpyxl, or save the sheet as .csv"
+            f"{path} is an Excel table, for which openpyxl is missing; pip install -r requirements-excel.txt, or save "
+            "the sheet as .csv"
         ) from error
     table = pd.read_excel(path, dtype=str, keep_default_na=False)
     columns.update(dict.fromkeys(map(str, table.columns)))

@@ -211,7 +211,7 @@ def test_half_a_gz_is_one_line(tmp_path):
 def test_excel_without_openpyxl_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     (tmp_path / "rows.xlsx").write_bytes(b"PK")
-    with pytest.raises(InputError, match=r"pip install openpyxl, or save the sheet as \.csv"):
+    with pytest.raises(InputError, match=r"pip install -r requirements-excel\.txt, or save the sheet as \.csv"):
         read_dataset(str(tmp_path / "rows.xlsx"))
 
 
