@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +21,7 @@ from reward_modeling import RewardArguments
 from rl_training import PPOArguments
 from sft_training import SFTArguments
 from tests.conftest import make_model
+from tests.house import ROOMS, ROOT, files_of
 from utils.arguments import (
     DataArguments,
     LoraArguments,
@@ -31,9 +31,6 @@ from utils.arguments import (
     parse_arguments,
 )
 from utils.console import InputError
-
-ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("utils", "lora", "rollout", "rewards", "runs", "reporting", "inference")
 
 
 @dataclass
@@ -162,7 +159,7 @@ def names_read(path):
 
 @pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
 def test_every_argument_is_read(kind):
-    sources = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))]
+    sources = [path for room in ROOMS for path in files_of(room) if path.suffix == ".py"]
     used = set().union(*map(names_read, sources))
     base = next((parent for parent in kind.__mro__[1:] if parent in (TrainingArguments, sft_training.SFTConfig)), None)
     inherited = {each.name for each in dataclasses.fields(base)} if base else set()  # the Trainer reads these
