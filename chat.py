@@ -7,6 +7,8 @@ Replies appear while they are sampled.  The dialogue is remembered, in the promp
 with, and loses its oldest turns when it outgrows the base.  The same --seed and the same input give the same replies.
 """
 
+import utils.quiet  # isort: skip  # noqa: F401 - before any library
+
 import contextlib
 from dataclasses import dataclass, field
 from typing import NamedTuple

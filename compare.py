@@ -8,6 +8,8 @@ of --seed and the prompt: it does not depend on the other prompts, their order o
 distribution, as PPO samples them.  Writes compare.md, compare.html (opens offline) and compare.jsonl (every reply).
 """
 
+import utils.quiet  # isort: skip  # noqa: F401 - before any library
+
 import html
 import os
 from collections.abc import Collection, Sequence
@@ -208,7 +210,7 @@ def main() -> None:
 
     # ---- Models and prompts ----
     models = load_models(args)
-    dataset = tokenize_prompts(rows, models.template, models.tokenizer, models.max_query_length, split="")
+    dataset = tokenize_prompts(rows, models.template, models.tokenizer, models.max_query_length, split="compared")
     if 0 < args.max_prompts < len(dataset):
         say(f"the first {args.max_prompts} of {len(dataset)} prompts are taken; --max_prompts changes that")
         dataset = dataset.select(range(args.max_prompts))

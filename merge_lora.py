@@ -12,6 +12,8 @@ token whose id is not the pad id, not by the attention mask.  So where a tokeniz
 to read, the classifier and its tokenizer get a pad token of their own.
 """
 
+import utils.quiet  # isort: skip  # noqa: F401 - before any library
+
 import os
 import warnings
 from collections.abc import Sequence

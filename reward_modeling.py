@@ -13,6 +13,8 @@ exploit it.  Therefore a share of the training pairs (--degenerate_ratio) has a 
 reward_card.json: stage 3 takes the mean and the standard deviation of the scores from it, and refuses a model that failed.
 """
 
+import utils.quiet  # isort: skip  # noqa: F401 - before any library
+
 import math
 import os
 from dataclasses import asdict, dataclass, field
@@ -386,7 +388,7 @@ def add_broken_pairs(
     weights = {kind: TRAIN_WEIGHT.get(kind, 1) for kind in data.kinds}
     counts = {kind: math.ceil(wanted * weight / sum(weights.values())) for kind, weight in weights.items()}
     broken = broken_pairs(preferences.sources, counts, tokenizer, end_id, data.max_length, seed)
-    say(f"broken replies: {len(broken)} pairs beside {len(ordinary)} ordinary ones")
+    say(f"training pairs with a broken reply: {len(broken)}, beside {len(ordinary)} ordinary ones")
     return concatenate_datasets([ordinary, Dataset.from_list(broken, features=ordinary.features)])
 
 

@@ -24,6 +24,8 @@ over all reply tokens of an optimizer step, however they fall into micro-batches
 policy's trunk and is saved.
 """
 
+import utils.quiet  # isort: skip  # noqa: F401 - before any library
+
 import contextlib
 import math
 import time
@@ -684,8 +686,11 @@ def read_prompts(
         if evaluation is not None:
             guard = evaluation.select(range(min(args.guard_prompts, len(evaluation))))
         else:
+            count = len(train)
             train, guard = split_guard_prompts(train, args.guard_prompts, needed, new_prompts(train, seen))
             guard = number_rows(guard)
+            of_these = f"held out, {len(train)} are left" if len(train) < count else "taken without holding them out"
+            say(f"guard: of the {count} training prompts {len(guard)} are {of_these}")
         warn_of_seen_prompts(guard, seen)
     if len(train) < needed:
         raise InputError(

@@ -8,6 +8,8 @@ it was cut.  TRL's SFTTrainer trains; rows of similar length go through the mode
 adapter_model.safetensors, the tokenizer, run.json, seen_prompts.txt and metrics.jsonl to --output_dir.
 """
 
+import utils.quiet  # isort: skip  # noqa: F401 - before any library
+
 import functools
 import math
 from collections.abc import Iterator
@@ -78,6 +80,8 @@ class SFTArguments(ResumableArguments, SFTConfig):
     def __post_init__(self) -> None:
         default_autocast(self)
         set_up_ddp(self)
+        # TRL would look through the rows once more, for what `tokenize_sft` has cut and dropped
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__post_init__()
 
 

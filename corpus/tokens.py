@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from datasets import Dataset
-from tqdm.auto import tqdm
+from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from corpus.chat_template import chat_text, reply_end_id
@@ -401,16 +401,16 @@ def _map_and_count(
         seen.update(hash(repr(example)) for example in encoded.rows)
         with_end += encoded.holds_end
     if not kept:
-        raise InputError(f"none of {len(rows)} rows is usable: {dict(counts)}; check the data and --max_length")
-    say(f"{split} {what}: ".lstrip() + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+        raise InputError(f"none of {len(rows)} {split} rows is usable: {dict(counts)}; check the data and --max_length")
+    say(f"{split} {what}: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
     if nulls:
         found = ", ".join(f"{count} in {column}" for column, count in nulls.items())
-        say(f"note: null, read as an empty text: {found}")
+        say(f"note: null in {split} rows, read as an empty text: {found}")
     if len(seen) < len(kept):
-        say(f"warning: {len(kept) - len(seen)} of the {what} are there twice or more, and count as often")
+        say(f"warning: {len(kept) - len(seen)} of the {split} {what} are there twice or more, and count as often")
     if with_end:
         say(
-            f"warning: {with_end} of the {what} hold {end} as text, which is read as the end of a reply; "
+            f"warning: {with_end} of the {split} {what} hold {end} as text, which is read as the end of a reply; "
             "at the end of a reply it does no harm, elsewhere remove it"
         )
     return Dataset.from_list(kept)

@@ -282,6 +282,11 @@ def find_broken(prompt: str, response: str) -> str | None:
     return None
 
 
+def empty_share(faults: Sequence[str | None]) -> float:
+    """Share of the responses that hold no letter, digit or symbol.  faults: what `find_broken` says of each."""
+    return sum(fault in ("empty", "blank") for fault in faults) / len(faults)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pairs
 # ---------------------------------------------------------------------------------------------------------------------

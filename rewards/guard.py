@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rewards.broken_replies import distinct_share, words_of
+from rewards.broken_replies import distinct_share, empty_share, words_of
 
 EXTREME = 8.0  # standard deviations from the mean score from which a single reply is named
 WARNING, ALARM = "warning", "alarm"
@@ -43,7 +43,7 @@ def measure_responses(
 ) -> dict[str, float]:
     """What the responses look like, whatever they score.  faults: what `find_broken` says of each.
 
-    length: mean, in tokens.  broken: share with a plain fault; empty: without a letter, digit or symbol.
+    length: mean, in tokens.  broken: share with a plain fault; empty: see `empty_share`.
     same: share of responses that another prompt got too, word for word.  distinct: share of different ones among all pairs
     of neighbouring words (Li et al. 2016, distinct-2), 1 where there are none; it falls with the number of responses, so
     compare equal numbers.  asked: mean share of the prompt's words that the response has too, each with the weight
@@ -65,7 +65,7 @@ def measure_responses(
     return {
         "length": sum(lengths) / count,
         "broken": sum(kind is not None for kind in faults) / count,
-        "empty": sum(kind in ("empty", "blank") for kind in faults) / count,
+        "empty": empty_share(faults),
         "same": sum(len(askers[response.strip()]) > 1 for response in responses) / count,
         "distinct": distinct_share(said, 2) or 1.0,
         "asked": sum(shares) / len(shares) if shares else 0.0,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArgument
 
 from corpus.chat_template import reply_text
 from lora.adapters import CRITIC, REFERENCE, use_adapter
-from rewards.broken_replies import find_broken
+from rewards.broken_replies import empty_share, find_broken
 from rewards.guard import measure_responses
 from rewards.reward_functions import Notes, Replies, RewardFunction
 from rewards.reward_model import reward_scores
@@ -377,7 +377,7 @@ def describe(experience: Experience) -> dict[str, float]:
         "kl_max": float(experience.response_kl.abs().max()),
         "response_length": float(lengths.mean()),
         "response_length_std": float(lengths.std(unbiased=False)),
-        "empty_fraction": sum(fault in ("empty", "blank") for fault in experience.faults) / len(lengths),
+        "empty_fraction": empty_share(experience.faults),
         "ended_fraction": float(experience.ended.float().mean()),
         "entropy": float(ppo.masked_mean(experience.entropy, mask)),
     }

@@ -7,6 +7,7 @@ from reporting.trackers import check_trackers
 from runs.checkpoints import resume_path
 from utils.arguments import ModelArguments, check_output_dir, choose_precision
 from utils.launch import relaunch_on_all_gpus
+from utils.quiet import hide_progress_bars
 
 
 def start_stage(
@@ -21,6 +22,8 @@ def start_stage(
     Raises InputError for an output folder, a tracker or a checkpoint that cannot be used.
     """
     checkpoint = None
+    if training_args.disable_tqdm:
+        hide_progress_bars()
     if not only_plan:
         relaunch_on_all_gpus()
         check_output_dir(training_args)

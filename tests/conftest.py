@@ -110,7 +110,17 @@ def make_model(family: str, seed: int = 0, vocabulary: int = 320) -> PreTrainedM
 # so that two workers end together.
 SLOW = (
     *("two_processes", "resume", "preemption", "disk_failures", "families", "nonfinite", "every_argument"),
-    *("input_errors", "foreign_adapters", "reward_training", "guarded_run", "trackers", "article", "logging", "chat"),
+    *(
+        "input_errors",
+        "foreign_adapters",
+        "reward_training",
+        "guarded_run",
+        "trackers",
+        "article",
+        "logging",
+        "chat",
+        "quiet",
+    ),
     *("security", "gold", "critic", "four_bit", "baichuan", "baichuan_errors", "allocator", "fuzz", "launch", "slurm"),
 )
 

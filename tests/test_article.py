@@ -239,4 +239,5 @@ def test_import_and_help_load_no_model_and_read_no_data():
         [sys.executable, "-c", WATCH], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
     )
     assert done.stdout.splitlines()[-1] == "OPENED []"
+    assert "WANDB" not in done.stdout  # the tests say WANDB_MODE=offline, and transformers printed so at every start
     assert done.stdout.count("--model_name_or_path") >= 3

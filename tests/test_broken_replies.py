@@ -12,6 +12,7 @@ from rewards.broken_replies import (
     ResponseBreaker,
     broken_pairs,
     distinct_share,
+    empty_share,
     find_broken,
     script_of,
     words_of,
@@ -288,6 +289,12 @@ def test_distinct_share_by_hand() -> None:
     assert distinct_share([[1, 2, 1, 2], [2, 3]], 1) == 3 / 6
     assert distinct_share([[1, 2, 1, 2], [2, 3]], 2) == 3 / 4  # no run goes from one sequence into the next
     assert distinct_share([["one"], []], 2) is None
+
+
+def test_an_empty_reply_says_nothing():
+    """Console, metrics and guard count alike: marks alone are as empty as no text."""
+    faults = [find_broken("a", response) for response in ("", " \n", "...", "yes", "no " * 20)]
+    assert empty_share(faults) == 3 / 5
 
 
 @pytest.mark.parametrize("kind", ["empty", "blank", "repeated", "sentence_loop", "echo"])

@@ -530,7 +530,7 @@ def test_what_is_empty_in_one_place_is_empty_in_all(tokenizer, capsys, prompt):
     """A white prompt was dropped from training and still made broken pairs; null in a turn ended in a traceback there."""
     rows = Dataset.from_list([{"prompt": prompt, "chosen": "yes yes", "rejected": "no no"}])
     for tokenize, more in ((tokenize_sft, ()), (tokenize_preferences, ("drop",)), (tokenize_prompts, ())):
-        with pytest.raises(InputError, match=r"none of 1 rows is usable: \{'empty': 1\}"):
+        with pytest.raises(InputError, match=r"none of 1 training rows is usable: \{'empty': 1\}"):
             tokenize(rows, TEMPLATE, tokenizer, 200, *more)
     whole = Dataset.from_list([{**rows[0], "prompt": [user("hi")] if isinstance(prompt, list) else "hi"}, rows[0]])
     preferences = tokenize_preferences(whole, TEMPLATE, tokenizer, 200, "drop")
@@ -589,7 +589,7 @@ def test_sft_cuts_the_reply_and_never_the_prompt(tokenizer, capsys):
 
 def test_nothing_left_is_an_error(tokenizer):
     rows = Dataset.from_list([{"prompt": "hi " * 40, "response": "yo"}] * 2)
-    with pytest.raises(InputError, match=r"none of 2 rows is usable.*'prompt too long': 2"):
+    with pytest.raises(InputError, match=r"none of 2 training rows is usable.*'prompt too long': 2"):
         tokenize_sft(rows, TEMPLATE, tokenizer, 30)
 
 
@@ -630,7 +630,7 @@ def test_useless_pairs_are_dropped_and_counted(tokenizer, capsys):
     assert pairs["rejected_ids"] == [[*ids_of(tokenizer, "Q: hi\nA:"), EOS]] * 2
     said = capsys.readouterr().err
     assert "1 chosen equals rejected, 1 empty, 2 kept" in said
-    assert "null, read as an empty text: 1 in rejected" in said
+    assert "note: null in training rows, read as an empty text: 1 in rejected" in said
 
 
 def test_prompts_are_distinct_and_short_enough(tokenizer, capsys):

@@ -291,7 +291,7 @@ def wrong_value(script, argument, value, message=None):
 
 
 READ = r"cannot read the dataset {%s}: "
-UNUSABLE = r"none of \d+ rows is usable: .*"
+UNUSABLE = r"none of \d+ training rows is usable: .*"
 CASES = [  # name, script, changes, message (paths and regular expression)
     # ---- Data: the file ----
     ("no such file", "ppo", {"dataset": "no/such.jsonl"}, r"there is no file or folder no/such.jsonl"),
@@ -360,7 +360,7 @@ CASES = [  # name, script, changes, message (paths and regular expression)
     wrong_data("reward", "no_dialogue", r"leaves (0 for training|\d+ for training and 0)|'empty': \d"),
     wrong_data("ppo", "long_prompts", UNUSABLE + r"'too long': 5"),
     wrong_data("ppo", "few", r"2 prompts are fewer than the 4 of one iteration"),
-    ("all too long", "sft", {"max_length": "3"}, r"none of 12 rows is usable: .*'prompt too long': 12"),
+    ("all too long", "sft", {"max_length": "3"}, r"none of 12 training rows is usable: .*'prompt too long': 12"),
     ("nothing held out", "reward", {"eval_fraction": "0"}, r"needs held-out pairs; give --eval_dataset"),
     (
         "all held out",
@@ -773,16 +773,16 @@ TOKENIZE = {
     "ppo": lambda rows: tokenize_prompts(rows, *LIMITS),
 }
 PAIR = {"prompt": "a", "chosen": "yo", "rejected": "no"}
-AS_TEXT = r"warning: 1 of the %s hold </s> as text, which is read as the end of a reply; "
+AS_TEXT = r"warning: 1 of the training %s hold </s> as text, which is read as the end of a reply; "
 ODD = [  # name, stage, rows, how many are kept, the line that says so
     (
         "repeated examples",
         "sft",
         [{"prompt": "a", "response": "b"}] * 3,
         3,
-        "warning: 2 of the SFT examples are there twice",
+        "warning: 2 of the training SFT examples are there twice",
     ),
-    ("repeated pairs", "reward", [PAIR] * 2, 2, "warning: 1 of the preference pairs are there twice or more"),
+    ("repeated pairs", "reward", [PAIR] * 2, 2, "warning: 1 of the training preference pairs are there twice or more"),
     ("repeated prompts", "ppo", [{"prompt": "a"}] * 3, 1, "prompts: 1 kept, 2 repeated$"),
     ("equal pair", "reward", [PAIR, {**PAIR, "rejected": "yo"}], 1, "pairs: 1 chosen equals rejected, 1 kept$"),
     ("empty rejected reply", "reward", [{**PAIR, "rejected": ""}], 1, "pairs: 1 kept$"),

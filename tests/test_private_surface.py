@@ -68,6 +68,7 @@ PRIVATE: dict[str, tuple[object, tuple[str, ...]]] = {  # file of ours -> member
     "utils/arguments.py": (argparse.ArgumentParser(), ("_actions", "_optionals")),
     "runs/memory_plan.py: fake tensors": (torch._subclasses.fake_tensor, ("FakeTensorMode",)),
     "runs/memory_plan.py: dispatch": (torch.utils._python_dispatch, ("TorchDispatchMode",)),
+    "runs/memory_plan.py: experts": (torch.ops.aten, ("_grouped_mm",)),
     "runs/memory_plan.py: trees": (torch.utils._pytree, ("tree_leaves",)),
 }
 
