@@ -1,6 +1,7 @@
 """Talk to the base with an adapter in the terminal, and switch the adapter on the fly; or to all of them on a page.
 
-    python chat.py --base_model_name BASE --adapters SFT=output/sft PPO=output/ppo --reward_model_lora_path output/reward
+    python chat.py --base_model_name BASE --adapters SFT=output/sft PPO=output/ppo/best \\
+        --reward_model_lora_path output/reward
     python chat.py --web ...    the same at http://127.0.0.1:7860, side by side; pip install -r requirements-web.txt
 
 Replies appear while they are sampled.  The dialogue is remembered, in the prompt template that the adapters were trained

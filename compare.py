@@ -1,7 +1,7 @@
 """The same prompts through several adapters, side by side: base, SFT, RLHF(10), RLHF(16) ... in one table a prompt.
 
     python compare.py --base_model_name BASE --adapters SFT=output/sft "RLHF (10)=output/ppo/checkpoint-10" \\
-        PPO=output/ppo --reward_model_lora_path output/reward --prompts prompts.jsonl --output_dir output/compare
+        PPO=output/ppo/best --reward_model_lora_path output/reward --prompts prompts.jsonl --output_dir output/compare
 
 The base is held once and the adapters are switched; the bare base answers too.  Every reply has a seed of its own, made
 of --seed and the prompt: it does not depend on the other prompts, their order or the batch.  Replies come from the whole

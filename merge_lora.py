@@ -1,6 +1,6 @@
 """Optional last stage: base + any adapter -> a standalone model, for serving.
 
-    python merge_lora.py --base_model_name MODEL --adapter_path output/ppo --output_dir output/ppo_merged
+    python merge_lora.py --base_model_name MODEL --adapter_path output/ppo/best --output_dir output/ppo_merged
     python merge_lora.py --base_model_name MODEL --adapter_path output/reward --output_dir output/judge --as_classifier
 
 The three stages never merge: this is for programs that take whole models only.  It runs on the CPU, and holds the base

@@ -362,6 +362,7 @@ class PPOTrainer(ResumableTrainer):
             accelerator=self.accelerator,
             output_dir=self.args.output_dir,
             record=record or {},
+            prompts=len(guard_dataset or ()),
         )
         self.samples: list[dict[str, Any]] = []  # the rows of samples.jsonl of this iteration, for the trackers
         self.pending_metrics: dict[str, float] = {}  # of this iteration, for the log
@@ -846,10 +847,7 @@ def main() -> None:
         measured = {"score_statistics": trainer.score_rules.statistics} if functions else {}
         write_json({**record, **measured, **trainer.watch.outcome()}, training_args.output_dir, "run.json")
         draw_curves(training_args.output_dir)
-    say(f"PPO adapter: {training_args.output_dir}")
-    best = trainer.watch.guard.best
-    if best is not None:
-        say(f"best policy: {trainer.watch.best_folder}, iteration {best['iteration']}")
+    say(trainer.watch.what_to_take())
 
 
 if __name__ == "__main__":

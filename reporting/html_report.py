@@ -385,6 +385,7 @@ def report_page(folders: Sequence[str], max_samples: int) -> str:
         f'<h1 dir="auto">{html.escape(heading)}</h1>',
         *(f'<p class="note">{html.escape(_headline(run))}</p>' for run in runs),
         *(_verdict(run) for run in runs if run.collapse is not None),
+        *(_what_to_take(run) for run in runs if isinstance(run.record.get("what_to_take"), str)),
         "<nav>" + " ".join(f'<a href="#{anchor}">{name}</a>' for anchor, name, _ in parts) + "</nav>",
         "<noscript><p>The samples need JavaScript; nothing is fetched from anywhere.</p></noscript>",
     ]
@@ -411,6 +412,11 @@ def _verdict(run: Run) -> str:
     signs = str(guard.get("verdict")).removeprefix(f"iteration {at}, ")
     lead = html.escape(f"{run.name}: collapse at iteration {at}; {end}.")
     return f'<p class="verdict" dir="auto"><strong>{lead}</strong> {html.escape(signs)}</p>'
+
+
+def _what_to_take(run: Run) -> str:
+    """HTML paragraph: the sentence with which the run ended."""
+    return f'<p class="note" dir="auto">{html.escape(run.name)}: {html.escape(run.record["what_to_take"])}</p>'
 
 
 def _sample_note(kept: int, total: int) -> str:

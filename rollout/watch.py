@@ -33,10 +33,11 @@ class Watch:
         accelerator: Accelerator,
         output_dir: str,
         record: dict[str, Any],
+        prompts: int,
     ) -> None:
         """held_out: iteration -> responses to held-out prompts, None where nothing is watched; every: iterations between
         two looks at them; last: the run's last iteration; may_stop: whether a collapse ends the run; record: run.json, for
-        the one in best/."""
+        the one in best/; prompts: how many held-out ones there are."""
         self.guard = guard
         self.score_rules = score_rules
         self.held_out = held_out
@@ -44,8 +45,9 @@ class Watch:
         self.may_stop = may_stop
         self.policy_files = policy_files
         self.accelerator = accelerator
-        self.best_folder = os.path.join(output_dir, BEST)
+        self.output_dir, self.best_folder = output_dir, os.path.join(output_dir, BEST)
         self.record = record
+        self.prompts = prompts
 
     @property
     def is_on(self) -> bool:
@@ -108,7 +110,30 @@ class Watch:
         guard = self.guard
         rolled_back_to = guard.best["iteration"] if self.stopped else None
         verdict = {"verdict": guard.verdict, "collapse_at": guard.collapse_at, "stopped": self.stopped}
-        return {"best": guard.best, "guard": {**verdict, "rolled_back_to": rolled_back_to}}
+        told = {"best": guard.best, "guard": {**verdict, "rolled_back_to": rolled_back_to}}
+        return {**told, "what_to_take": self.what_to_take()}
+
+    def what_to_take(self) -> str:
+        """The sentence with which a run ends: the folder to use, and what its policy gained over the SFT model."""
+        if not self.is_on:
+            return (
+                f"what to take: {self.output_dir}, the policy of the last iteration; whether it is better than the SFT "
+                "model was not measured (--guard off)"
+            )
+        best, sft, last = self.guard.best, self.guard.baselines["held-out"]["score"], self.output_dir
+        on = f"on {self.prompts} held-out prompts"
+        if best["iteration"] > 0:
+            return (
+                f"what to take: {self.best_folder}, the policy of iteration {best['iteration']}: {on} its normalised score "
+                f"is {best['score']:.3f}, the SFT model's {sft:.3f}, a gain of {best['score'] - sft:.3f}"
+            )
+        holds = f"{last} and {self.best_folder} hold" if self.stopped else f"{self.best_folder} holds"
+        rest = "" if self.stopped else f", and {last} the one of the last iteration"
+        return (
+            f"what to take: the SFT adapter, which nothing beat: {on} no iteration had a higher normalised score than its "
+            f"{sft:.3f} without a warning of the guard; {holds} the SFT policy, from before the first update "
+            f"(iteration 0){rest}"
+        )
 
     # ---- Checkpoints ----
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stage 3 on a 7B base, the command of the article without the arguments that have lost their point.
-#   MODEL=/models/base SFT=output/sft REWARD=output/reward bash scripts/train_ppo.sh           writes output/ppo
+#   MODEL=/models/base SFT=output/sft REWARD=output/reward bash scripts/train_ppo.sh           take output/ppo/best
 #   MODEL=... SFT=... REWARD=... OUTPUT=ppo CUDA_VISIBLE_DEVICES=0 bash scripts/train_ppo.sh --steps 200 --log_with none
 # Any argument of rl_training.py may follow and wins; relative paths count from the folder you are in.
 # The article's --gradient_accumulation_steps 16 is left out: an epoch over 8 replies is one pass of 8.

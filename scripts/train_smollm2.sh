@@ -37,4 +37,4 @@ step "stage 3: PPO"
 python rl_training.py --config configs/ppo_smollm2.yaml --seed "$seed" \
   --model_name "$model" --dataset "$preferences" --allow_weak_reward true \
   --sft_model_lora_path "$output/sft" --reward_model_lora_path "$output/reward" --output_dir "$output/ppo"
-step "done: adapters, metrics and pictures in $output"
+step "done: adapters, metrics and pictures in $output; the line above says what to take"

@@ -127,7 +127,7 @@ def test_the_ppo_command(trained):
     samples = (folder / "ppo/samples.jsonl").read_text().splitlines()
     assert len(samples) == 2 * 8
     assert (folder / "ppo/adapter_model.safetensors").exists()
-    assert "PPO adapter: ppo" in log
+    assert "what to take: " in log.splitlines()[-1]
 
 
 def test_arguments_that_lost_their_point_say_so_once(trained):

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 import rl_training
 from lora.adapters import POLICY, REFERENCE, read_adapter
-from rewards.guard import Limits
+from rewards.guard import Guard, Limits
 from rewards.scores import ScoreStatistics
 from rl_training import split_guard_prompts
 from rollout.batch import make_batch
+from rollout.watch import Watch
 from tests.conftest import write_rows
 from tests.helpers import (
     PROMPTS,
@@ -170,7 +171,7 @@ def test_the_watch_changes_nothing_in_a_run_that_it_does_not_stop(stages: Stages
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_a_stopped_run_ends_in_order(start) -> None:
+def test_a_stopped_run_ends_in_order(start, capsys: pytest.CaptureFixture) -> None:
     """run.json tells what happened, the adapter in the output folder is the one of best/, and the pictures are there."""
     folder = start(kl_budget=1e-4, guard_patience=1)
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -180,9 +181,56 @@ def test_a_stopped_run_ends_in_order(start) -> None:
     ours, best = (load_file(path / "adapter_model.safetensors") for path in (folder, folder / "best"))
     assert all(torch.equal(ours[name], best[name]) for name in ours)
     assert (folder / "plots" / "kl.png").exists()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == run["what_to_take"]
+    assert "the SFT adapter, which nothing beat: on 2 held-out prompts" in said
+    assert f"{folder} and {folder / 'best'} hold the SFT policy" in said
 
 
 # ---- best/ ----
+
+
+@pytest.mark.parametrize(
+    ("best", "may_stop", "verdict", "sentence"),
+    [
+        (
+            {"iteration": 7, "score": 0.5, "kl": 3.0},
+            True,
+            None,
+            "ppo/best, the policy of iteration 7: on 64 held-out prompts its normalised score is 0.500, the SFT model's "
+            "0.125, a gain of 0.375",
+        ),
+        (
+            {"iteration": 0, "score": 0.125, "kl": 0.0},
+            True,
+            None,
+            "the SFT adapter, which nothing beat: on 64 held-out prompts no iteration had a higher normalised score than "
+            "its 0.125 without a warning of the guard; ppo/best holds the SFT policy, from before the first update "
+            "(iteration 0), and ppo the one of the last iteration",
+        ),
+        (
+            {"iteration": 0, "score": 0.125, "kl": 0.0},
+            True,
+            "iteration 3, replies shrink",
+            "the SFT adapter, which nothing beat: on 64 held-out prompts no iteration had a higher normalised score than "
+            "its 0.125 without a warning of the guard; ppo and ppo/best hold the SFT policy, from before the first update "
+            "(iteration 0)",
+        ),
+        (
+            None,
+            False,
+            None,
+            "ppo, the policy of the last iteration; whether it is better than the SFT model was not measured (--guard off)",
+        ),
+    ],
+    ids=["a gain", "no gain", "rolled back to the SFT model", "no guard"],
+)
+def test_a_run_says_what_to_take(best: dict | None, may_stop: bool, verdict: str | None, sentence: str) -> None:
+    """The last line named best/ with its iteration 0, and nobody knew that this is the SFT model."""
+    guard = Guard(Limits(8.0), 3, {"held-out": {"score": 0.125}}, best=best, verdict=verdict)
+    held_out = None if best is None else list
+    watch = Watch(guard, None, held_out, 1, 9, may_stop, None, None, "ppo", {}, prompts=64)
+    assert watch.what_to_take() == f"what to take: {sentence}"
 
 
 def test_best_is_the_checkpoint_with_the_highest_held_out_score(start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,9 +215,11 @@ def test_a_collapse_is_marked_and_said(tmp_path: Path) -> None:
             tmp_path / "good",
             metrics=quiet,
             guard={"verdict": None, "collapse_at": None, "stopped": False},
+            what_to_take="what to take: <b>ppo/best",
         ),
     ]
     page = page_of(*runs)
+    assert re.findall(r'<p class="note" dir="auto">(.*?)</p>', page) == ["good: what to take: &lt;b&gt;ppo/best"]
     curves = curves_of("score_mean", {n: read_run(folder, "") for n, folder in enumerate(runs)})
     assert [(c.best, c.collapse, c.alarms) for c in curves] == [(1, 2, [2, 3]), (1, 2, []), (None, None, [])]
     drawn = page.split('data-metric="score_mean"')[1].split("</figure>")[0]
