@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 KL, GOLD, HELD_OUT = "KL to the SFT model", "gold (your own measure)", "held-out: "
-SCORE, CARD_SCORE = "score", "normalised score"
+SCORE, CARD_SCORE = "raw score", "normalised score"  # the console says score for the second one
 
 PART_TITLES = {"mean": "mean score", "std": "standard deviation", "none": "share of replies that it does not apply to"}
 
@@ -54,10 +54,10 @@ GUARD = (
 )
 PPO = {  # heading -> the metrics of stage 3, in the order in which they are shown
     "Score and distance": (
-        Metric("score_mean", "objective/score_mean", SCORE, "", "rises, then flattens", "  score {:.2f}", picture=True),
-        Metric("score_std", "objective/score_std", "standard deviation of the score", "", "well above 0", " +- {:.2f}"),
+        Metric("normalized_score_mean", "objective/normalized_score_mean", CARD_SCORE, "", "-3 to 3", "  score {:.2f}"),
+        Metric("score_mean", "objective/score_mean", SCORE, "", "rises, then flattens", "  raw score {:.2f}", picture=True),
+        Metric("score_std", "objective/score_std", "standard deviation of the raw score", "", "well above 0", " +- {:.2f}"),
         Metric("gold_mean", "objective/gold", GOLD, "", "rises with the score", "  gold {:.2f}", picture=True),
-        Metric("normalized_score_mean", "objective/normalized_score_mean", CARD_SCORE, "", "-3 to 3"),
         Metric("reward_mean", "objective/reward_mean", "reward: score minus KL penalty", "", "rises, below the score"),
         Metric("kl", "objective/kl", KL, "nats a reply", "0 at first, then rises slowly, below `--kl_budget`",
                "  KL {:.2f}", picture=True),
@@ -97,11 +97,11 @@ PPO = {  # heading -> the metrics of stage 3, in the order in which they are sho
         Metric("returns_mean", "value/returns_mean", "mean return of a token", "", "follows `objective/reward_mean`"),
     ),
     "Held-out": (
-        Metric("eval_score_mean", "eval/score_mean", HELD_OUT + SCORE, "", "follows `objective/score_mean`",
-               "  score {:.2f}"),
-        Metric("eval_gold", "eval/gold", HELD_OUT + GOLD, "", "rises with the score", "  gold {:.2f}"),
         Metric("eval_normalized_score_mean", "eval/normalized_score_mean", HELD_OUT + CARD_SCORE, "",
-               "follows `objective/normalized_score_mean`"),
+               "follows `objective/normalized_score_mean`", "  score {:.2f}"),
+        Metric("eval_score_mean", "eval/score_mean", HELD_OUT + SCORE, "", "follows `objective/score_mean`",
+               "  raw score {:.2f}"),
+        Metric("eval_gold", "eval/gold", HELD_OUT + GOLD, "", "rises with the score", "  gold {:.2f}"),
         Metric("eval_kl", "eval/kl", HELD_OUT + KL, "nats a reply", "near `objective/kl`", "  KL {:.2f}"),
         Metric("eval_kl_k3", "eval/kl_k3", HELD_OUT + f"{KL}, k3 estimate", "nats a reply", "near `eval/kl`"),
         Metric("eval_response_length", "eval/response_length", HELD_OUT + "reply length", "tokens", "as `reply/length`",
@@ -147,7 +147,7 @@ TRAINER = {  # those of stages 1 and 2, where trackers get the names of the Hugg
         Metric("eval_accuracy_high", "eval/accuracy_high", "upper end of its 95% interval", "", "above 0.5"),
         Metric("eval_margin", "eval/margin", HELD_OUT + "margin, chosen minus rejected", "", "rises"),
         Metric("eval_score_mean", "eval/score_mean", HELD_OUT + SCORE, "", "near 0"),
-        Metric("eval_score_std", "eval/score_std", HELD_OUT + "standard deviation of the score", "", "well above 0"),
+        Metric("eval_score_std", "eval/score_std", HELD_OUT + "standard deviation of the raw score", "", "well above 0"),
         Metric("eval_length_correlation", "eval/length_correlation", HELD_OUT + "correlation of score and length", "",
                "-0.3 to 0.3"),
     ),

@@ -102,7 +102,7 @@ def test_gold_is_in_the_pictures_and_in_the_report(runs: Path) -> None:
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert data["samples"]["columns"] == ["iteration", "score", "gold", "length", "kl"]
     charts = dict(re.findall(r'data-metric="(.*?)"><figcaption>(.*?)<', page))
-    assert list(charts)[:3] == ["score_mean", "score_std", "gold_mean"]
+    assert list(charts)[:4] == ["normalized_score_mean", "score_mean", "score_std", "gold_mean"]
     assert charts["gold_mean"] == "gold (your own measure)"
     assert charts["heldout/gold"] == "held-out: gold (your own measure)"
     figures = [row[0] for row in Page(page).tables[0] if "gold" in row[0]]

@@ -138,11 +138,11 @@ def test_every_number_has_its_place(tmp_path: Path) -> None:
     assert (math.isnan(steep.values[0]), steep.values[1]) == (True, 0.5)
     assert f"ppo: Stage 3: PPO, 2 iterations, base {html.escape(NASTY)}" in page
     assert charts_of(page) == {
-        "Score and distance": [("score_mean", "score"), ("kl", "KL to the SFT model")],
+        "Score and distance": [("score_mean", "raw score"), ("kl", "KL to the SFT model")],
         "Guard": [("guard/limit", "guard/limit"), ("guard/steep", "guard/steep")],
     }
     figures = Page(page).tables[0]
-    assert figures[1:] == [["held-out: score", "0.625"], ["seconds of the run", "12.5"]]
+    assert figures[1:] == [["held-out: raw score", "0.625"], ["seconds of the run", "12.5"]]
 
 
 def test_an_evaluation_that_is_repeated_counts_once(tmp_path: Path) -> None:

@@ -198,21 +198,25 @@ def test_a_resumed_run_forgets_the_rows_it_will_write_again(tmp_path):
 
 
 def test_the_console_shows_one_readable_line_an_iteration():
+    """The held-out score is in the card's standard deviations; score and evaluation beside it were raw, and said no word."""
     logs = {"score_mean": 1.234, "score_std": 0.5, "kl": 2.0, "response_length": 16.44, "empty_fraction": 0.125}
-    logs |= {"entropy": 0.618, "tokens_per_second": 351.7, "loss": 0.1}
-    line = "iteration 3/24  score 1.23 +- 0.50  KL 2.00  16.4 tokens a reply  empty 12%  entropy 0.62  352 tokens/s"
+    logs |= {"normalized_score_mean": 0.31, "entropy": 0.618, "tokens_per_second": 351.7, "loss": 0.1}
+    line = "iteration 3/24  score 0.31  raw score 1.23 +- 0.50"
+    line += "  KL 2.00  16.4 tokens a reply  empty 12%  entropy 0.62  352 tokens/s"
     assert iteration_line(logs, 3, 24) == line
     assert iteration_line({**logs, "heldout/score": 0.71}, 3, 24) == line + "  held-out score 0.71"
     with_gold = {**logs, "gold_mean": 0.617, "heldout/score": 0.71, "heldout/gold": 0.5}
     assert iteration_line(with_gold, 3, 24) == (
         line.replace("  KL", "  gold 0.62  KL") + "  held-out score 0.71 gold 0.50"
     )
-    evaluation = {f"eval_{name}": logs[name] for name in ("score_mean", "kl", "response_length", "empty_fraction")}
+    names = ("score_mean", "normalized_score_mean", "kl", "response_length", "empty_fraction")
+    evaluation = {f"eval_{name}": logs[name] for name in names}
     assert (
-        iteration_line(evaluation, 3, 24) == "evaluation after 3  score 1.23  KL 2.00  16.4 tokens a reply  empty 12%"
+        iteration_line(evaluation, 3, 24)
+        == "evaluation after 3  score 0.31  raw score 1.23  KL 2.00  16.4 tokens a reply  empty 12%"
     )
     assert iteration_line({**evaluation, "eval_gold": 0.25}, 3, 24).startswith(
-        "evaluation after 3  score 1.23  gold 0.25  KL 2.00"
+        "evaluation after 3  score 0.31  raw score 1.23  gold 0.25  KL 2.00"
     )
     assert iteration_line({"train_runtime": 3.0}, 24, 24) is None
 
