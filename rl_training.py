@@ -238,7 +238,12 @@ class PPOArguments(ResumableArguments, TrainingArguments):
             shares="gamma gae_lambda",
             finite="reward_baseline",
         )
-        self.mini_batch_size = min(self.mini_batch_size, self.batch_size)
+        if self.mini_batch_size > self.batch_size:
+            say(
+                f"note: --mini_batch_size {self.mini_batch_size} is above --batch_size {self.batch_size}, the replies of a "
+                f"process; a pass takes {self.batch_size}"
+            )
+            self.mini_batch_size = self.batch_size
         if self.batch_size % self.mini_batch_size:
             raise InputError(
                 f"--batch_size {self.batch_size} is no multiple of --mini_batch_size {self.mini_batch_size}; change one"

@@ -1,13 +1,34 @@
 """What the three training scripts do alike between their arguments and their data."""
 
+import math
+import os
+import sys
+
 import torch
 from transformers import TrainingArguments, set_seed
 
 from reporting.trackers import check_trackers
 from runs.checkpoints import resume_path
 from utils.arguments import ModelArguments, check_output_dir, choose_precision
-from utils.launch import relaunch_on_all_gpus
+from utils.console import say
+from utils.launch import lost_processes, relaunch_on_all_gpus
 from utils.quiet import hide_progress_bars
+
+BATCHES = {"sft": "rows a step", "reward": "pairs a step", "ppo": "replies an iteration"}  # by stage
+
+
+def say_processes(stage: str, args: TrainingArguments) -> None:
+    """How many processes there are, and what a step of the Trainer takes in all of them."""
+    factors = [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size]
+    parts = f"--per_device_train_batch_size {factors[0]} x --gradient_accumulation_steps {factors[1]} in each"
+    if stage == "ppo":  # where the Trainer sees no accumulation
+        parts = f"--batch_size {factors[0]} in each"
+    say(f"processes: {args.world_size}; {math.prod(factors)} {BATCHES[stage]} in all ({parts})")
+    if lost_processes(os.environ):
+        say(
+            "warning: accelerate launch was asked for several processes and started one, as it does on a CPU; "
+            f"torchrun --nproc_per_node NUMBER {sys.argv[0]} ... starts several, on a CPU with --use_cpu true"
+        )
 
 
 def start_stage(
@@ -29,6 +50,7 @@ def start_stage(
         check_output_dir(training_args)
         check_trackers(training_args)
         checkpoint = resume_path(training_args, stage)
+        say_processes(stage, training_args)
     dtype = choose_precision(model_args, training_args)
     set_seed(training_args.seed)
     return dtype, checkpoint

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import prepare_simple_launcher_cmd_env
 from transformers import TrainingArguments
 
 from runs import start
@@ -115,6 +117,48 @@ def test_the_command_runs_whatever_the_users_accelerate_config_says(tmp_path):
     }
     for rank in (0, 1):
         assert json.loads((tmp_path / f"script.py{rank}").read_text()) == [wanted, ["--steps", "10"]]
+
+
+@pytest.mark.parametrize(("processes", "lost"), [("1", False), ("2", True)])
+def test_processes_that_accelerate_did_not_start_are_missed(tmp_path, monkeypatch, capsys, processes, lost):
+    """`accelerate launch --cpu --num_processes 2` trained in one process, half the batch, without a word."""
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    words = ["--cpu", "--num_processes", processes, "--num_machines", "1", "--mixed_precision", "no"]
+    words += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "rl_training.py"]
+    _, environ = prepare_simple_launcher_cmd_env(launch_command_parser().parse_args(words))
+    monkeypatch.setattr(os, "environ", environ)
+    monkeypatch.setattr(sys, "argv", ["rl_training.py"])
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=3)
+    start.say_processes("sft", args)
+    advice = "torchrun --nproc_per_node NUMBER rl_training.py ... starts several, on a CPU with --use_cpu true"
+    assert (advice in capsys.readouterr().err) == lost
+
+
+@pytest.mark.parametrize(
+    ("stage", "line"),
+    [
+        ("sft", "24 rows a step in all (--per_device_train_batch_size 3 x --gradient_accumulation_steps 4 in each)"),
+        (
+            "reward",
+            "24 pairs a step in all (--per_device_train_batch_size 3 x --gradient_accumulation_steps 4 in each)",
+        ),
+        ("ppo", "24 replies an iteration in all (--batch_size 12 in each)"),
+    ],
+)
+def test_a_stage_says_how_much_a_step_takes(capsys, monkeypatch, stage, line):
+    batch, passes = (12, 1) if stage == "ppo" else (3, 4)
+    monkeypatch.setattr(os, "environ", {})
+    args = SimpleNamespace(per_device_train_batch_size=batch, gradient_accumulation_steps=passes, world_size=2)
+    start.say_processes(stage, args)
+    assert capsys.readouterr().err == f"processes: 2; {line}\n"
+
+
+def test_started_processes_are_not_missed():
+    environ = {"ACCELERATE_DYNAMO_MODE": "default", "MASTER_PORT": "29500"}
+    assert launch.lost_processes(environ)
+    for rank in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        assert not launch.lost_processes({**environ, rank: "0"})
+    assert not launch.lost_processes({"MASTER_PORT": "29500"})
 
 
 def test_relaunch_replaces_the_process(monkeypatch, capsys):

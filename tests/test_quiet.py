@@ -61,6 +61,12 @@ def test_counts_name_the_split_that_they_are_of(printed, stage):
     assert [line for line in counts if not re.match(r"(training|held-out) ", line)] == []
 
 
+@pytest.mark.parametrize(("stage", "what"), [("sft", "8 rows"), ("reward", "8 pairs"), ("ppo", "2 replies")])
+def test_the_start_of_a_stage_says_how_many_processes_there_are(printed, stage, what):
+    """`accelerate launch --cpu --num_processes 2` ran one, and nothing printed said so."""
+    assert f"processes: 1; {what} a" in printed[stage]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_quiet_before_it_imports_a_library(script):
     """transformers prints a line about WANDB_MODE while it is imported: tests/test_article.py sees that it does not."""

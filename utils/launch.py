@@ -10,11 +10,12 @@ from collections.abc import Mapping
 
 # Each launcher sets at least one of these in the processes it starts. SLURM_* is left out on purpose: inside an
 # allocation every process has them, one that a user started by hand too.
+ACCELERATE_SIGN = "ACCELERATE_DYNAMO_MODE"
 LAUNCHER_SIGNS = (
     "LOCAL_RANK",  # torchrun, deepspeed, and accelerate launch with several processes
     "RANK",
     "WORLD_SIZE",
-    "ACCELERATE_DYNAMO_MODE",  # accelerate launch --num_processes 1: no rank is set, and one process was asked for
+    ACCELERATE_SIGN,  # accelerate launch --num_processes 1: no rank is set, and one process was asked for
     "OMPI_COMM_WORLD_RANK",  # mpirun of Open MPI
     "MV2_COMM_WORLD_RANK",  # MVAPICH2
     "PMI_RANK",  # Intel MPI and MPICH
@@ -58,6 +59,15 @@ def launch_command(argv: list[str], environ: Mapping[str, str], gpu_count: int) 
     }
     flags = [word for option in options.items() for word in option]
     return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *flags, *argv]
+
+
+def lost_processes(environ: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch` was asked for several processes and started one, which it does on a CPU without a word.
+
+    It then says where they were to meet, and gives no process a rank.
+    """
+    ranks = [sign for sign in LAUNCHER_SIGNS if sign != ACCELERATE_SIGN]
+    return {ACCELERATE_SIGN, "MASTER_PORT"} <= environ.keys() and not any(sign in environ for sign in ranks)
 
 
 def relaunch_on_all_gpus() -> None:
