@@ -148,6 +148,14 @@ class PPOArguments(ResumableArguments, TrainingArguments):
     adap_kl_ctrl: bool = field(default=False, metadata={"help": "Steer that weight towards --adap_kl_target."})
     adap_kl_target: float = field(default=6.0, metadata={"help": "KL a reply to steer to, in nats."})
     adap_kl_horizon: float = field(default=10000.0, metadata={"help": "Replies in which the weight can about double."})
+    kl_in: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the KL to the SFT model counts: in the reward (k1, the default), or in the loss (k3, the default "
+            "of grpo, whose division by the deviation would blow up small differences of KL).",
+            "choices": ["reward", "loss"],
+        },
+    )
     early_stopping: bool = field(default=False, metadata={"help": "End the PPO epochs when the policy moved too far."})
     target_kl: float = field(
         default=0.1, metadata={"help": "Too far: KL to the rollout policy above 1.5 times this, in nats a token."}
@@ -214,6 +222,20 @@ class PPOArguments(ResumableArguments, TrainingArguments):
             "--reward_function.  It is measured and logged beside the score; neither training nor guard see it."
         },
     )
+    advantage: str = field(
+        default="gae",
+        metadata={
+            "help": "What a reply is compared with. gae: the values of a critic; rloo: the mean reward of the other replies "
+            "to its prompt; grpo: the mean of all of them, in deviations.  The last two have no value head.",
+            "choices": ["gae", "rloo", "grpo"],
+        },
+    )
+    replies_per_prompt: int | None = field(
+        default=None, metadata={"help": "Replies to each prompt of a batch.  Default: 1 for gae, else 4."}
+    )
+    divide_by_std: bool = field(
+        default=True, metadata={"help": "grpo: divide by the deviation of the rewards of a prompt's replies."}
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
     gae_lambda: float = field(default=0.95, metadata={"help": "GAE's trade of bias for variance."})
     clip_range: float = field(default=0.2, metadata={"help": "Clip of the policy's probability ratio."})
@@ -233,11 +255,25 @@ class PPOArguments(ResumableArguments, TrainingArguments):
             self,
             above_0="steps save_freq batch_size mini_batch_size gradient_accumulation_steps ppo_epochs max_length "
             "output_max_length temperature repetition_penalty adap_kl_target adap_kl_horizon target_kl score_clip "
-            "guard_freq guard_prompts guard_patience kl_budget clip_range value_clip_range",
+            "guard_freq guard_prompts guard_patience kl_budget clip_range value_clip_range replies_per_prompt",
             from_0="init_kl_coef missing_eos_penalty value_coef",
             shares="gamma gae_lambda",
             finite="reward_baseline",
         )
+        grouped = self.advantage != "gae"
+        self.values_from = None if grouped else self.critic
+        self.kl_in = self.kl_in or ("loss" if self.advantage == "grpo" else "reward")
+        self.replies_per_prompt = self.replies_per_prompt or (4 if grouped else 1)
+        if grouped and self.replies_per_prompt == 1:
+            raise InputError(
+                f"--advantage {self.advantage} compares the replies to a prompt, but --replies_per_prompt is 1; give 2 or "
+                "more"
+            )
+        if self.batch_size % self.replies_per_prompt:
+            raise InputError(
+                f"--batch_size {self.batch_size}, which counts replies, is no multiple of --replies_per_prompt "
+                f"{self.replies_per_prompt}; change one"
+            )
         if self.mini_batch_size > self.batch_size:
             say(
                 f"note: --mini_batch_size {self.mini_batch_size} is above --batch_size {self.batch_size}, the replies of a "
@@ -273,7 +309,7 @@ class PPOArguments(ResumableArguments, TrainingArguments):
             self.optim = "adafactor"
         # The Trainer sees one step an iteration; the micro-batches inside it are counted here.
         self.gradient_accumulation_steps = 1
-        self.per_device_train_batch_size = self.batch_size
+        self.per_device_train_batch_size = self.batch_size // self.replies_per_prompt  # prompts
         self.max_steps, self.save_steps, self.logging_steps = self.steps, self.save_freq, 1
         self.remove_unused_columns, self.dataloader_drop_last = False, True
         self.label_names = []
@@ -285,18 +321,22 @@ class PPOArguments(ResumableArguments, TrainingArguments):
 class Targets(NamedTuple):
     """What the PPO epochs learn from."""
 
-    advantages: Tensor  # float32 [B, T], whitened over all response tokens of all processes
-    returns: Tensor  # float32 [B, T]
+    advantages: Tensor  # float32 [B, T]
+    returns: Tensor | None  # float32 [B, T]; None without a critic
 
     def rows(self, index: Tensor, width: int) -> "Targets":
-        return Targets(self.advantages[index, :width], self.returns[index, :width])
+        return Targets(*(part if part is None else part[index, :width] for part in self))
 
 
 class Losses(NamedTuple):
-    """Means over the response tokens of an optimizer step, or the share of such a mean that a micro-batch carries; []."""
+    """Means over the response tokens of an optimizer step, or the share of such a mean that a micro-batch carries; [].
+
+    0 for what there is not.
+    """
 
     policy_loss: Tensor
     value_loss: Tensor
+    kl_loss: Tensor
     clip_fraction: Tensor
     value_clip_fraction: Tensor
     approx_kl: Tensor
@@ -338,6 +378,9 @@ class PPOTrainer(ResumableTrainer):
         super().__init__(*args, data_collator=lambda rows: rows, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.kl_coef = self.args.init_kl_coef
+        self.no_losses = {"kl_loss"} if self.args.kl_in == "reward" else set()  # what there is nothing of to log
+        if self.args.values_from is None:
+            self.no_losses |= {"value_loss", "value_clip_fraction"}
         self.score_rules = rules
         self.collector = Collector(
             self.accelerator,
@@ -392,20 +435,18 @@ class PPOTrainer(ResumableTrainer):
         if self.state.global_step == 0:
             warn_where_few_end(experience, self.collector.sampling, self.processing_class)
 
-        # 2. rewards: the KL penalty on each token, the score on the last one
-        rewards = ppo.token_rewards(experience.normalized_scores, experience.kl, experience.mask, self.kl_coef)
+        # 2. rewards: the KL penalty on each token unless it is in the loss, the score on the last one
+        penalty = self.kl_coef if self.args.kl_in == "reward" else 0.0
+        rewards = ppo.token_rewards(experience.normalized_scores, experience.kl, experience.mask, penalty)
 
-        # 3. advantages, whitened over all response tokens of all processes
-        advantages, returns = ppo.gae(
-            rewards, experience.values, experience.mask, self.args.gamma, self.args.gae_lambda
-        )
-        targets = Targets(ppo.masked_whiten(advantages, experience.mask), returns)
+        # 3. advantages
+        targets = self.targets(experience, rewards)
 
         # 4. PPO epochs
         update = self.update(model, experience, targets)
 
         # 5. metrics, KL weight, guard, samples
-        return self.finish(experience, rewards, returns, update, started)
+        return self.finish(experience, rewards, targets.returns, update, started)
 
     def measure_functions(self) -> None:
         """Mean and deviation of each reward function that has none yet, on the SFT model's replies to some prompts."""
@@ -419,10 +460,21 @@ class PPOTrainer(ResumableTrainer):
                 self.score_rules.statistics[name] = measure_scores(scores)
 
     def collect(self, model: nn.Module, rows: list[dict[str, Any]]) -> Experience:
-        """One response to each prompt of this process, with seeds from iteration and row; gathered from all processes."""
-        first = self.args.process_index * len(rows)
-        seeds = [seed_of(self.args.seed, self.state.global_step, first + row) for row in range(len(rows))]
+        """Responses to each prompt of this process, with seeds from iteration and row; gathered from all processes."""
+        count = len(rows) * self.args.replies_per_prompt
+        first = self.args.process_index * count
+        seeds = [seed_of(self.args.seed, self.state.global_step, first + row) for row in range(count)]
         return self.collector.collect(model, rows, seeds)
+
+    def targets(self, experience: Experience, rewards: Tensor) -> Targets:
+        """Advantages out of rewards [B, T]; those of GAE whitened over all response tokens of all processes."""
+        args, mask = self.args, experience.mask
+        if args.advantage == "rloo":
+            return Targets(ppo.rloo(rewards, mask, args.replies_per_prompt), None)
+        if args.advantage == "grpo":
+            return Targets(ppo.grpo(rewards, mask, args.replies_per_prompt, args.divide_by_std), None)
+        advantages, returns = ppo.gae(rewards, experience.values, mask, args.gamma, args.gae_lambda)
+        return Targets(ppo.masked_whiten(advantages, mask), returns)
 
     def update(self, model: nn.Module, experience: Experience, targets: Targets) -> dict[str, float]:
         """`ppo_epochs` passes over the batch; returns the metrics of the update, means over its optimizer steps."""
@@ -483,8 +535,8 @@ class PPOTrainer(ResumableTrainer):
             parts.append(part._replace(loss=part.loss.detach()))
         shares = sum(torch.stack(part.losses) for part in parts)
         totals = Losses(*(self.accelerator.reduce(shares, "sum") if self.args.world_size > 1 else shares))
-        losses = {name: float(value) for name, value in totals._asdict().items()}
-        losses = {"loss": losses["policy_loss"] + self.args.value_coef * losses["value_loss"], **losses}
+        losses = {name: float(value) for name, value in totals._asdict().items() if name not in self.no_losses}
+        losses = {"loss": float(self.whole_loss(totals)), **losses}
         step = OptimizerStep(losses, parts[0].farthest_ratio)
         if may_stop and self.args.early_stopping and losses["approx_kl"] > 1.5 * self.args.target_kl:
             model.zero_grad()
@@ -503,25 +555,34 @@ class PPOTrainer(ResumableTrainer):
         mask = experience.mask
         advantages, returns = targets.rows(rows, mask.shape[1])
         inputs = {"input_ids": experience.batch.input_ids, "attention_mask": experience.batch.attention_mask}
-        has_critic = self.collector.has_critic
+        collector = self.collector
         with self.compute_loss_context_manager():
             new = model(
-                **inputs, hidden_state_fn=logprobs_fn(experience.batch, self.collector.sampling, not has_critic)
+                **inputs, hidden_state_fn=logprobs_fn(experience.batch, collector.sampling, collector.head_values)
             )
-            values = self.collector.critic_values(model, experience.batch) if has_critic else new.values
+            values = collector.critic_values(model, experience.batch) if collector.has_critic else new.values
         policy = ppo.policy_loss(new.logprobs, experience.logprobs, advantages, mask, self.args.clip_range)
-        value = ppo.value_loss(values, experience.values, returns, mask, self.args.value_clip_range)
+        zero = new.logprobs.new_zeros(())
+        value, kl = ppo.ValueLoss(zero, zero), zero
+        if values is not None:
+            value = ppo.value_loss(values, experience.values, returns, mask, self.args.value_clip_range)
+        if self.args.kl_in == "loss":
+            kl = ppo.kl_loss(new.logprobs, experience.ref_logprobs, mask)
         weight = mask.sum() / step_tokens
-        losses = Losses(policy.loss, value.loss, policy.clip_fraction, value.clip_fraction, policy.approx_kl)
+        losses = Losses(policy.loss, value.loss, kl, policy.clip_fraction, value.clip_fraction, policy.approx_kl)
         ratios = (new.logprobs.detach() - experience.logprobs)[mask].exp()
         return MicroBatchLoss(
-            (policy.loss + self.args.value_coef * value.loss) * weight,
+            self.whole_loss(losses) * weight,
             Losses(*(part.detach() * weight for part in losses)),
             float(ratios[(ratios - 1).abs().argmax()]),
         )
 
+    def whole_loss(self, losses: Losses) -> Tensor:
+        """What is minimised, []."""
+        return losses.policy_loss + self.args.value_coef * losses.value_loss + self.kl_coef * losses.kl_loss
+
     def finish(
-        self, experience: Experience, rewards: Tensor, returns: Tensor, update: dict[str, float], started: float
+        self, experience: Experience, rewards: Tensor, returns: Tensor | None, update: dict[str, float], started: float
     ) -> Tensor:
         """Put down what happened, steer the KL weight, let the guard look.  Returns the mean loss."""
         mask, iteration = experience.mask, self.state.global_step
@@ -530,10 +591,11 @@ class PPOTrainer(ResumableTrainer):
             **describe_functions([experience]),
             **update,
             "reward_mean": float((rewards * mask).sum(1).mean()),
-            "returns_mean": float(ppo.masked_mean(returns, mask)),
-            "values_mean": float(ppo.masked_mean(experience.values, mask)),
             "kl_coef": self.kl_coef,
         }
+        if returns is not None:
+            metrics["returns_mean"] = float(ppo.masked_mean(returns, mask))
+            metrics["values_mean"] = float(ppo.masked_mean(experience.values, mask))
         if iteration == 0 and metrics["kl_max"] > 1e-3:
             raise RuntimeError(f"the policy is not the SFT model before its first update: KL {metrics['kl_max']}")
         if self.args.adap_kl_ctrl:
@@ -685,7 +747,7 @@ def read_prompts(
 
     train = tokenized(train_rows, "training")
     evaluation = eval_rows and number_rows(tokenized(eval_rows, HELD_OUT))
-    needed = args.batch_size * args.world_size
+    needed = args.per_device_train_batch_size * args.world_size
     guard = None
     if args.guard != "off":
         seen = {adapter.path: read_seen_prompts(adapter) for adapter in adapters}
@@ -700,8 +762,8 @@ def read_prompts(
         warn_of_seen_prompts(guard, seen)
     if len(train) < needed:
         raise InputError(
-            f"{len(train)} prompts are fewer than the {needed} of one iteration (--batch_size in each process); "
-            "give more prompts or a smaller batch"
+            f"{len(train)} prompts are fewer than the {needed} of one iteration (--batch_size in each process, by "
+            "--replies_per_prompt); give more prompts or a smaller batch"
         )
     return Prompts(number_rows(train), evaluation, guard)
 
@@ -713,7 +775,7 @@ def read_functions(args: PPOArguments) -> tuple[list[RewardFunction], RewardFunc
         raise InputError(
             "nothing says what a good reply is; add --reward_model_lora_path FOLDER, --reward_function MODULE:NAME or both"
         )
-    if args.critic == "adapter" and args.reward_model_lora_path is None:
+    if args.values_from == "adapter" and args.reward_model_lora_path is None:
         raise InputError(
             "--critic adapter starts as the reward adapter, and there is none; give --reward_model_lora_path, or --critic "
             "head"
@@ -759,8 +821,8 @@ def build_trainer(
         repetition_penalty=args.repetition_penalty,
         begin_suppress_tokens=first_token_ban(args.begin_suppress_tokens, tokenizer, stop_ids),
     )
-    model = assemble_ppo_model(base, sft, reward, args.critic == "adapter")
-    if args.critic == "adapter":
+    model = assemble_ppo_model(base, sft, reward, args.values_from == "adapter", args.values_from is not None)
+    if args.values_from == "adapter":
         start_critic(model, *statistics)
     if args.activation_checkpointing:
         model.enable_input_require_grads()  # a frozen embedding gives checkpointed layers nothing to differentiate

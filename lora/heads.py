@@ -86,11 +86,11 @@ def add_score_head(base: PreTrainedModel, seed: int | None = None) -> None:
 
 
 def save_value_head(state_dict: dict[str, Tensor], folder: str) -> None:
-    """Write the value head out of a model's state dict to `folder`."""
+    """Write the value head out of a model's state dict to `folder`, where there is one."""
     head = {name.rsplit(".", 1)[-1]: value for name, value in state_dict.items() if ".v_head." in name}
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in head.items()}, os.path.join(folder, VALUE_HEAD_FILE)
-    )
+    if head:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in head.items()}
+        save_file(tensors, os.path.join(folder, VALUE_HEAD_FILE))
 
 
 def load_value_head(base: PreTrainedModel, folder: str) -> None:

@@ -81,6 +81,8 @@ PPO = {  # heading -> the metrics of stage 3, in the order in which they are sho
         Metric("loss", "objective/loss", "loss", "", "small, no trend"),
         Metric("train_loss", "objective/loss_of_run", "mean loss of the run", "", "small"),
         Metric("policy_loss", "policy/loss", "policy loss", "", "around 0, slightly negative", picture=True),
+        Metric("kl_loss", "policy/kl_loss", "KL to the SFT model, as it is in the loss", "nats a token",
+               "0 at first, then rises slowly"),
         Metric("clip_fraction", "policy/clip_fraction", "share of clipped ratios", "", "0 to 0.2", picture=True),
         Metric("approx_kl", "policy/approx_kl", "KL to the policy that sampled", "nats a token", "0.0001 to 0.05"),
         Metric("ratio_first", "policy/ratio_first", "first ratio", "", "1 (float32: within 0.001)"),

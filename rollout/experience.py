@@ -49,7 +49,7 @@ class Experience(NamedTuple):
     logprobs: Tensor  # float32 [B, T], of the policy that sampled
     ref_logprobs: Tensor  # float32 [B, T]
     kl: Tensor  # float32 [B, T], k1: the difference of the two, 0 on padding
-    values: Tensor  # float32 [B, T]
+    values: Tensor | None  # float32 [B, T]; None without a critic
     entropy: Tensor  # float32 [B, T]
     parts: dict[str, Tensor]  # float32 [B] each, from reward model and functions; NaN: a function does not apply
     scores: Tensor  # float32 [B], their weighted sum, as they are
@@ -118,7 +118,7 @@ class Experience(NamedTuple):
         """The first quantity with NaN or infinity in it, None where all is well; `rows` are those of any quantity."""
         parts = [
             ("the policy's log-probs", OF_POLICY, self.logprobs),
-            ("the values", OF_POLICY, self.values),
+            *([] if self.values is None else [("the values", OF_POLICY, self.values)]),
             ("the SFT model's log-probs", OF_ADAPTER, self.ref_logprobs),
             ("the reward model's scores", OF_ADAPTER, self.scores[:, None]),
         ]
@@ -166,7 +166,8 @@ class Collector:
         self.gold = gold
         self.trainer_state = trainer_state
         self.has_reward_model = REWARD_MODEL in score_rules.weights
-        self.has_critic = args.critic == "adapter"
+        self.head_values = args.values_from == "head"
+        self.has_critic = args.values_from == "adapter"
         base = model.get_base_model()
         # Where the update computes as the sampler does, its log-probs and values are those of the sampler, to rounding.
         self.same_arithmetic = base.dtype == torch.float32 and not (args.bf16 or args.fp16)
@@ -176,12 +177,17 @@ class Collector:
 
     @torch.no_grad()
     def collect(self, model: nn.Module, rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> Experience:
-        """One response to each of this process's `rows` (of `tokenize_prompts`), and what all processes have together."""
+        """A response for each of `seeds` to this process's `rows` (of `tokenize_prompts`), and what all processes have.
+
+        Several to a row are neighbours.
+        """
         was_training = model.training
         model.eval()
         unwrapped = self.accelerator.unwrap_model(model)
         queries = [row["input_ids"] for row in rows]
         replies = self.generate(unwrapped, queries, seeds)
+        rows = [row for row in rows for _ in range(len(seeds) // len(rows))]
+        queries = [row["input_ids"] for row in rows]
         sampled_from_nothing = ~replies.statistics.logprobs.isfinite().all(1)
         model.train(was_training)
         batch = Batch(*(part.to(self.device) for part in make_batch(queries, replies.ids, self.sampling.pad_token_id)))
@@ -195,9 +201,9 @@ class Collector:
             width = part.response_mask.shape[1]
             inputs = {"input_ids": part.input_ids, "attention_mask": part.attention_mask}
             if not self.same_arithmetic:  # the update must start at a ratio of 1
-                policy = model(**inputs, hidden_state_fn=logprobs_fn(part, self.sampling, not self.has_critic))
+                policy = model(**inputs, hidden_state_fn=logprobs_fn(part, self.sampling, self.head_values))
                 logprobs[index, :width], entropy[index, :width] = policy.logprobs.float(), policy.entropy.float()
-                if not self.has_critic:
+                if self.head_values:
                     values[index, :width] = policy.values.float()
             if self.has_critic:
                 values[index, :width] = self.critic_values(model, part)
@@ -224,14 +230,14 @@ class Collector:
         return torch.tensor([math.nan if number is None else number for number in numbers], device=self.device)
 
     def generate(self, model: PeftModel, queries: Sequence[Sequence[int]], seeds: Sequence[int]) -> Generated:
-        """One response to each query, with what the policy said of it."""
-        return generate_responses(model, queries, seeds, self.sampling, with_values=not self.has_critic)
+        """A response for each seed, with what the policy said of it."""
+        return generate_responses(model, queries, seeds, self.sampling, with_values=self.head_values)
 
     def gather(
         self,
         batch: Batch,
         texts: list[tuple[str, str, str | None]],
-        tokens: dict[str, Tensor],
+        tokens: dict[str, Tensor | None],
         parts: dict[str, Tensor],
         gold: Tensor | None,
         notes: Notes,
@@ -241,8 +247,8 @@ class Collector:
         texts: prompt, response and fault of each row of this process; tokens: tensors [B, T] of `Experience` by name.
         """
 
-        def together(part: Tensor, pad: int = 0) -> Tensor:
-            if self.args.world_size == 1:
+        def together(part: Tensor | None, pad: int = 0) -> Tensor | None:
+            if self.args.world_size == 1 or part is None:
                 return part
             if part.dim() == 2:
                 part = self.accelerator.pad_across_processes(part, dim=1, pad_index=pad)
@@ -273,7 +279,7 @@ class Collector:
             scores=weighted_sum(parts, self.score_rules.weights),
             normalized_scores=normalize_scores(parts, broken, ended, self.score_rules),
             ended=ended,
-            gold=gold if gold is None else together(gold),
+            gold=together(gold),
             noted=noted,
             metrics=mean_metrics(metrics),
             **tokens,

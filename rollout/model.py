@@ -15,11 +15,11 @@ from utils.console import InputError
 
 
 def assemble_ppo_model(
-    base: PreTrainedModel, sft: SavedAdapter, reward: SavedAdapter | None, critic: bool = False
+    base: PreTrainedModel, sft: SavedAdapter, reward: SavedAdapter | None, critic: bool = False, values: bool = True
 ) -> PeftModel:
     """Base + policy (a trainable copy of the SFT adapter), reference (the SFT adapter), reward adapter, value head.
 
-    reward: None where only functions judge.
+    reward: None where only functions judge; values: whether there is a value head, which RLOO and GRPO do without.
 
     Only the policy's LoRA weights and the value head are trainable; the head starts at 0 (Ziegler et al. 2019).  Whole
     layers and tokens that the SFT adapter brings act for policy and reference alike, and stay as they are.  With `critic`
@@ -42,9 +42,10 @@ def assemble_ppo_model(
         load_reward(model, reward)
     if critic:
         load_adapter(model, reward, CRITIC)
-    base.v_head = nn.Linear(hidden_width(base), 1, device=base.device, dtype=torch.float32)
-    nn.init.zeros_(base.v_head.weight)
-    nn.init.zeros_(base.v_head.bias)
+    if values:
+        base.v_head = nn.Linear(hidden_width(base), 1, device=base.device, dtype=torch.float32)
+        nn.init.zeros_(base.v_head.weight)
+        nn.init.zeros_(base.v_head.bias)
     disable_dropout(model)
     model.set_adapter(POLICY)
     for name, parameter in model.named_parameters():  # PEFT flips requires_grad in many places: say it once, here

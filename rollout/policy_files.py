@@ -51,5 +51,6 @@ class PolicyFiles:
         load_weights(model, folder, POLICY)
         if CRITIC in model.peft_config:
             load_weights(model, os.path.join(folder, CRITIC), CRITIC)
-        load_value_head(model.get_base_model(), folder)
+        if hasattr(model.get_base_model(), "v_head"):
+            load_value_head(model.get_base_model(), folder)
         return read_json_object(os.path.join(folder, STATE_FILE))

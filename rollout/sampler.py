@@ -31,16 +31,24 @@ class NextToken(NamedTuple):
 
 
 def next_token_fn(
-    uniforms: Tensor, mask: Tensor, seen: Tensor | None, first: bool, sampling: Sampling, with_values: bool
+    uniforms: Tensor,
+    mask: Tensor,
+    seen: Tensor | None,
+    first: bool,
+    sampling: Sampling,
+    with_values: bool,
+    copies: int = 1,
 ) -> HiddenStateFn:
     """Function that draws the next token of each row.
 
-    uniforms: float64 [R], one number in [0, 1) a row picks its token from the cumulative distribution; mask: int64 [R, L] of
-    the tokens in this pass; seen: as in `sampling_logits`; first: whether these are the first tokens of their replies.
+    uniforms: float64 [R], one number in [0, 1) a row picks its token from the cumulative distribution; mask: int64
+    [R / copies, L] of the tokens in this pass, of which each row is drawn from `copies` times; seen: as in
+    `sampling_logits`; first: whether these are the first tokens of their replies.
     """
 
     def function(base: PreTrainedModel, hidden: Tensor) -> NextToken:
-        states = hidden[torch.arange(len(hidden), device=hidden.device), last_token_index(mask)]  # [R, H]
+        states = hidden[torch.arange(len(hidden), device=hidden.device), last_token_index(mask)]
+        states = states.repeat_interleave(copies, 0)  # [R, H]
         is_first = torch.full(states.shape[:1], first, device=states.device)
         logprobs = sampling_logits(output_logits(base, states), seen, is_first, sampling).log_softmax(-1)  # [R, V]
         probabilities = logprobs.exp()
@@ -127,25 +135,29 @@ def generate_responses(
     streamer: BaseStreamer | None = None,
     with_values: bool = False,
 ) -> Generated:
-    """One reply for each query, with what the policy said.  The base needs `add_hidden_state_fn`, and for values a head.
+    """One or more replies for each query, with what the policy said.
 
-    seeds: one number a query; the same query with the same seed gives the same reply in any batch and on any number of
-    processes, up to the rounding of the forward pass.  A reply that has ended leaves the batch.  streamer: gets the prompt
+    The base needs `add_hidden_state_fn`, and for values a head.
+    seeds: one number a reply; with several a query its replies are neighbours, and the query goes through the model once.
+    The same query with the same seed gives the same reply in any batch and on any number of processes, up to the rounding of
+    the forward pass.  A reply that has ended leaves the batch.  streamer: gets the prompt
     and then each token as soon as it is drawn, but no stop token, of one query only.  Logits that are NaN or infinite end a
     reply with a stop token and a log-prob of NaN.
     """
     device = next(model.parameters()).device
-    count, longest = len(queries), sampling.max_new_tokens
+    count, copies, longest = len(seeds), len(seeds) // len(queries), sampling.max_new_tokens
     flipped, flipped_mask = pad_right([query[::-1] for query in queries], sampling.pad_token_id)
     ids, mask = flipped.flip(1).to(device), flipped_mask.flip(1).to(device)  # replies go on at the right edge
     uniforms = uniform_streams(seeds, longest).to(device)
     seen = None
     if sampling.repetition_penalty != 1:
         vocabulary = model.get_output_embeddings().weight.shape[0]
-        seen = torch.zeros(count, vocabulary, dtype=torch.int64, device=device).scatter_add(1, ids, mask).bool()
+        seen = torch.zeros(len(ids), vocabulary, dtype=torch.int64, device=device).scatter_add(1, ids, mask).bool()
+        seen = seen.repeat_interleave(copies, 0)
     cache = new_cache(model)
     if cache is None:  # whole rows each time: padded on the right, which no causal model sees
         ids, mask = (part.to(device) for part in pad_right(queries, sampling.pad_token_id))
+        ids, mask, copies = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0), 1
     tokens = torch.full((count, longest), sampling.pad_token_id, device=device)
     logprobs, entropy, values = (torch.zeros(count, longest, device=device) for _ in range(3))
     lengths = torch.zeros(count, dtype=torch.int64, device=device)
@@ -156,8 +168,11 @@ def generate_responses(
         streamer.put(ids.cpu())
     for step in range(longest):
         new_mask = mask[:, -ids.shape[1] :]
-        draw = next_token_fn(uniforms[rows, step], new_mask, seen, step == 0, sampling, with_values)
+        draw = next_token_fn(uniforms[rows, step], new_mask, seen, step == 0, sampling, with_values, copies)
         drawn = model(input_ids=ids, attention_mask=mask, past_key_values=cache, hidden_state_fn=draw)
+        if copies > 1:  # the queries have been read, and each reply goes on by itself
+            cache.reorder_cache(torch.arange(len(queries), device=device).repeat_interleave(copies))
+            mask, copies = mask.repeat_interleave(copies, 0), 1
         if not done:
             tokens[rows, step], logprobs[rows, step], entropy[rows, step] = drawn.tokens, drawn.logprobs, drawn.entropy
             if with_values:

@@ -253,8 +253,10 @@ def cache_bytes(base: PreTrainedModel, rows: int, length: int) -> int:
     return 2 * rows * length * heads * sum(head_widths(config)) * base.dtype.itemsize
 
 
-def sampling_phases(model: PeftModel, rows: int, prompt: int, reply: int, args: TrainingArguments) -> dict[str, dict]:
-    """Phases of the sampler: reading B prompts of P tokens, and the last step of T.
+def sampling_phases(
+    model: PeftModel, prompts: int, rows: int, prompt: int, reply: int, args: TrainingArguments
+) -> dict[str, dict]:
+    """Phases of the sampler: reading prompts of P tokens, each once, and the last step of B replies of T.
 
     A step lengthens the cache of a layer by copying it, and repeats keys and values for the query heads that share them:
     2 * B * (P + T) * heads * head width at once.  Drawing a token from [B, V] logits needs them, log-probs,
@@ -266,8 +268,8 @@ def sampling_phases(model: PeftModel, rows: int, prompt: int, reply: int, args: 
     repeated = 2 * rows * (prompt + reply) * getattr(config, "num_attention_heads", 0) * width * base.dtype.itemsize
     return {
         "reading prompts": {
-            "KV cache": cache_bytes(base, rows, prompt),
-            "activations": dry_run(model, rows, prompt, args, training=False).forward,
+            "KV cache": cache_bytes(base, prompts, prompt),
+            "activations": dry_run(model, prompts, prompt, args, training=False).forward,
         },
         "sampling": {
             "KV cache": cache_bytes(base, rows, prompt + reply),
@@ -359,17 +361,17 @@ def ppo_plan(
     base, sizes = _empty(model_args, dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*which is a no-op")  # the adapters' numbers have no place to go to
-        model = assemble_ppo_model(base, sft, reward, args.critic == "adapter")
+        model = assemble_ppo_model(base, sft, reward, args.values_from == "adapter", args.values_from is not None)
     reply = args.output_max_length
-    rows = args.batch_size
+    rows, prompts = args.batch_size, args.batch_size // args.replies_per_prompt
     if args.guard != "off" or args.eval_strategy != "no":  # held-out prompts are answered in batches of their own
-        rows = max(rows, args.per_device_eval_batch_size)
+        rows, prompts = (max(count, args.per_device_eval_batch_size) for count in (rows, prompts))
     mini = min(args.mini_batch_size, max(1, pass_limits(base, args.device)[1] // args.max_length))
     judged = dry_run(model, mini, args.max_length, args, training=False)
     trained = dry_run(model, mini, args.max_length, args, training=True)
-    others = trained.kept if args.critic == "adapter" else 0
+    others = trained.kept if args.values_from == "adapter" else 0
     phases = {
-        **sampling_phases(model, rows, args.max_length - reply, reply, args),
+        **sampling_phases(model, prompts, rows, args.max_length - reply, reply, args),
         "judging, decoder": {"activations": judged.forward},
         "judging, log-probs": {
             "activations": judged.kept + mini * reply * hidden_width(base) * FLOAT,

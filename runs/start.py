@@ -19,11 +19,10 @@ BATCHES = {"sft": "rows a step", "reward": "pairs a step", "ppo": "replies an it
 
 def say_processes(stage: str, args: TrainingArguments) -> None:
     """How many processes there are, and what a step of the Trainer takes in all of them."""
-    factors = [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size]
-    parts = f"--per_device_train_batch_size {factors[0]} x --gradient_accumulation_steps {factors[1]} in each"
-    if stage == "ppo":  # where the Trainer sees no accumulation
-        parts = f"--batch_size {factors[0]} in each"
-    say(f"processes: {args.world_size}; {math.prod(factors)} {BATCHES[stage]} in all ({parts})")
+    factors = ["batch_size"] if stage == "ppo" else ["per_device_train_batch_size", "gradient_accumulation_steps"]
+    count = math.prod(getattr(args, name) for name in factors) * args.world_size
+    parts = " x ".join(f"--{name} {getattr(args, name)}" for name in factors)
+    say(f"processes: {args.world_size}; {count} {BATCHES[stage]} in all ({parts} in each)")
     if lost_processes(os.environ):
         say(
             "warning: accelerate launch was asked for several processes and started one, as it does on a CPU; "

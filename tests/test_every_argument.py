@@ -189,6 +189,8 @@ def test_rows_that_would_all_be_dropped(base_path: str, data: dict[str, str], tm
         ("ppo", "--adap_kl_target 5", "--adap_kl_target has no effect here; it needs --adap_kl_ctrl true"),
         ("ppo", "--target_kl 5", "--target_kl has no effect here; it needs --early_stopping true"),
         ("ppo", "--guard off --kl_budget 5", "--kl_budget has no effect here; it needs a --guard"),
+        ("ppo", "--advantage rloo --value_coef 1", "--value_coef has no effect here; it needs --advantage gae"),
+        ("ppo", "--divide_by_std false", "--divide_by_std has no effect here; it needs --advantage grpo"),
         ("ppo", "--merged_sft_model_path x", "--merged_sft_model_path has no effect"),
         ("ppo", "--batched_gen true", "--batched_gen has no effect"),
     ],
@@ -627,6 +629,7 @@ CHANGES = {  # argument -> a value, with what it needs, and the metrics of the f
     "early_stopping": ({"early_stopping": True, "target_kl": 1e-6}, "stopped_early"),
     "target_kl": ({"early_stopping": True, "target_kl": 1e-6}, "optimizer_steps"),
     "adafactor": ({"adafactor": True}, "approx_kl"),
+    "divide_by_std": ({"advantage": "grpo", "divide_by_std": False}, "policy_loss grad_norm"),
 }
 
 
@@ -678,6 +681,7 @@ ELSEWHERE = {  # file -> arguments whose effect is its subject, or that it gives
     "test_families": "lora_target_parameters",
     "test_gold": "gold_function",
     "test_reward_functions": "reward_function reward_weights",
+    "test_group_advantages": "advantage replies_per_prompt kl_in",
     "test_resume_changed": "prompt_date",
     "test_input_errors": "allow_weak_reward max_length",
 }

@@ -169,6 +169,71 @@ def test_adaptive_kl_coef_shows_a_nan():
     assert math.isnan(ppo.adaptive_kl_coef(0.05, NAN, target=6.0, horizon=10_000, batch_size=100))
 
 
+GROUPS = mask_of("110", "100", "111", "010")  # two prompts with two replies each; padding on either side
+
+
+def test_rloo():
+    """Rewards of whole replies 3, 1 and 4, -2: each minus the other one."""
+    rewards = torch.tensor([[1.0, 2.0, NAN], [1.0, INF, NAN], [1.0, 1.0, 2.0], [NAN, -2.0, NAN]])
+    advantages = ppo.rloo(rewards, GROUPS, 2)
+    assert advantages.tolist() == [[2.0, 2.0, 0.0], [-2.0, 0.0, 0.0], [6.0, 6.0, 6.0], [0.0, -6.0, 0.0]]
+
+
+def test_rloo_of_three():
+    """Rewards 3, 0, 6: the others' means are 3, 4.5 and 1.5.  A constant for all of a prompt changes nothing."""
+    rewards, mask = torch.tensor([[3.0], [0.0], [6.0]]), mask_of("1", "1", "1")
+    for constant in (0.0, 100.0):
+        assert ppo.rloo(rewards + constant, mask, 3).tolist() == [[0.0], [-4.5], [4.5]]
+
+
+def test_grpo():
+    """Rewards 3, 1: mean 2, deviation of the sample sqrt(2).  4, -2: mean 1, sqrt(18)."""
+    rewards = torch.tensor([[1.0, 2.0, NAN], [1.0, INF, NAN], [1.0, 1.0, 2.0], [NAN, -2.0, NAN]])
+    high, low = 1 / (2**0.5 + 1e-4), 3 / (18**0.5 + 1e-4)
+    wanted = torch.tensor([[high, high, 0.0], [-high, 0.0, 0.0], [low, low, low], [0.0, -low, 0.0]])
+    assert_close(ppo.grpo(rewards, GROUPS, 2), wanted)
+    plain = ppo.grpo(rewards, GROUPS, 2, divide_by_std=False)
+    assert plain.tolist() == [[1.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [3.0, 3.0, 3.0], [0.0, -3.0, 0.0]]
+
+
+def test_grpo_of_equal_replies():
+    """All right or all wrong: nothing to learn, and no division by 0."""
+    assert ppo.grpo(torch.full((4, 1), 7.0), mask_of("1", "1", "1", "1"), 4).tolist() == [[0.0]] * 4
+
+
+@pytest.mark.parametrize("advantages", [ppo.rloo, ppo.grpo])
+def test_a_group_of_one_is_no_group(advantages):
+    with pytest.raises(ValueError, match="4 rows in groups of 1: a group needs two replies or more"):
+        advantages(torch.zeros(4, 3), GROUPS, 1)
+    with pytest.raises(ValueError, match="4 rows in groups of 3"):
+        advantages(torch.zeros(4, 3), GROUPS, 3)
+    with pytest.raises(ValueError, match="real token"):
+        advantages(torch.zeros(2, 1), mask_of("1", "0"), 2)
+
+
+def test_kl_loss():
+    """Probabilities 1/2, 1/4 under the policy and 1/4, 1/2 under the reference: k3 is ln 2 - 1/2 and 1 - ln 2, mean 1/4.
+
+    By a log-prob: (1 - 1/2) / 2 and (1 - 2) / 2, by those of equal probability nothing.
+    """
+    logprobs = torch.tensor([[0.5, 0.25, 1.0]]).log().requires_grad_(True)
+    loss = ppo.kl_loss(logprobs, torch.tensor([[0.25, 0.5, NAN]]).log(), mask_of("110"))
+    loss.backward()
+    assert_close(loss.detach(), torch.tensor(0.25))
+    assert_close(logprobs.grad, torch.tensor([[0.25, -0.5, 0.0]]))
+    same = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    ppo.kl_loss(same, same.detach(), mask_of("11")).backward()
+    assert same.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_kl_loss_of_an_impossible_token_is_finite():
+    logprobs = torch.tensor([[-500.0]], requires_grad=True)
+    loss = ppo.kl_loss(logprobs, torch.tensor([[-1.0]]), mask_of("1"))
+    loss.backward()
+    assert loss.isfinite()
+    assert logprobs.grad.isfinite().all()
+
+
 # ---------------------------------------------------------------- an independent implementation
 # Replies are lists of numbers without any padding; no recursion, no masks, no torch.
 

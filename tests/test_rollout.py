@@ -23,7 +23,7 @@ from rollout.cache import new_cache
 from rollout.distribution import Sampling
 from rollout.experience import describe
 from rollout.logprobs import logprobs_fn
-from rollout.sampler import generate_ids, generate_responses
+from rollout.sampler import generate_ids, generate_responses, seed_of
 from tests.conftest import FAMILIES, make_model
 from tests.helpers import (
     Stages,
@@ -425,6 +425,36 @@ def test_a_reply_that_has_ended_leaves_the_batch() -> None:
     lengths = [len(reply) for reply in replies]
     assert min(lengths) < max(lengths)
     assert sum(tokens) == 16 * max(map(len, QUERIES)) + sum(lengths) - 16  # the last token of a reply goes nowhere
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_replies_to_a_prompt_read_it_once(family: str) -> None:
+    """With all that shapes the distribution: the replies are those of prompts that are there several times."""
+    model = lively(make_model(family))
+    add_hidden_state_fn(model)
+    model.v_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)
+    sampling = replace(SHAPED, max_new_tokens=8, temperature=1.5)
+    seeds = [seed_of(7, number) for number in range(3 * len(QUERIES))]
+    repeated = [query for query in QUERIES for _ in range(3)]
+    wanted = generate_responses(model, repeated, seeds, sampling, with_values=True)
+    read = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0].shape))
+    drawn = generate_responses(model, QUERIES, seeds, sampling, with_values=True)
+    assert read[0] == (len(QUERIES), max(map(len, QUERIES)))
+    assert drawn.ids == wanted.ids
+    assert len({tuple(reply) for reply in drawn.ids[:3]}) > 1
+    for ours, theirs in zip(drawn.statistics, wanted.statistics, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_several_replies_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family whose cached passes give other numbers reads the whole row for each token."""
+    model = lively(make_model("llama"))
+    add_hidden_state_fn(model)
+    seeds = list(range(2 * len(QUERIES)))
+    wanted = generate_responses(model, QUERIES, seeds, SHAPED)
+    model.cache_is_exact = False
+    assert generate_responses(model, QUERIES, seeds, SHAPED).ids == wanted.ids
 
 
 def test_adding_padding_columns_changes_nothing(stages: Stages, tmp_path: Path) -> None:

@@ -81,6 +81,10 @@ def make_commands(stages: Stages, data: dict[str, str], folder: Path) -> dict[st
         "accumulation": ppo,
         "several steps": ppo,
         "critic": [*ppo, "--critic", "adapter"],
+        "groups": [
+            *(*ppo, "--advantage", "grpo", "--replies_per_prompt", "2"),
+            *("--reward_function", "tests.judges:some_lengths,tests.judges:length", "--reward_weights", "1,2,0.5"),
+        ],
         "reward": [
             *reward,
             "--dataloader_drop_last",
@@ -96,6 +100,7 @@ SCRIPTS = {
     "accumulation": rl_training,
     "several steps": rl_training,
     "critic": rl_training,
+    "groups": rl_training,
     "reward": reward_modeling,
     "sft": sft_training,
     "uneven reward": reward_modeling,
@@ -105,6 +110,7 @@ ALONE = {  # what the arguments of one process have to be; the uneven ones are n
     "accumulation": {"batch_size": 8, "mini_batch_size": 4, "gradient_accumulation_steps": 2},
     "several steps": {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2},
     "critic": {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2},
+    "groups": {"batch_size": 8, "mini_batch_size": 2, "gradient_accumulation_steps": 2},
     "reward": {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 8},
     "sft": {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4},
 }
@@ -112,6 +118,7 @@ EACH_OF_TWO = {
     "accumulation": {"batch_size": 4, "mini_batch_size": 4, "gradient_accumulation_steps": 1},
     "several steps": {"batch_size": 4, "mini_batch_size": 2, "gradient_accumulation_steps": 1},
     "critic": {"batch_size": 4, "mini_batch_size": 2, "gradient_accumulation_steps": 1},
+    "groups": {"batch_size": 4, "mini_batch_size": 2, "gradient_accumulation_steps": 1},
     "reward": {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4},  # 16 rows, in two parts
     "sft": {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2},
     # 30 pairs with the broken ones in steps of 14, 12 examples in steps of 10: each epoch ends with a shorter batch
@@ -185,12 +192,14 @@ def assert_same_weights(one: Path, other: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("accumulation", "two"), ("several steps", "two"), ("critic", "two"), ("critic", "fsdp2")]
+    ("name", "kind"),
+    [("accumulation", "two"), ("several steps", "two"), ("critic", "two"), ("groups", "two"), ("critic", "fsdp2")],
 )
 def test_ppo_gives_the_same_numbers_in_one_process_and_in_two(outputs: Path, name: str, kind: str) -> None:
     """Whitening, token means, seeds and the order of rows a process instead of a run have all been seen in the field.
 
     8 replies an iteration out of 12 prompts, so each epoch of prompts leaves some over, and they have to be the same.
+    groups: replies to a prompt stay in one process, and each process calls the reward functions on its own.
     accumulation: one optimizer step an epoch of 4 + 4 rows, on two machines.  several steps: two of 2 + 2.
     fsdp2: what one process saved was its own part of each tensor, and only that process knew, so that the next forward pass
     of the two did not fit together.
@@ -219,7 +228,7 @@ def check_ppo(two: Path, alone: Path, optimizer_steps: int) -> None:
 
 def test_there_were_two_processes(outputs: Path) -> None:
     """`accelerate launch --cpu --num_processes 2` runs one process without a word: then all of this shows nothing."""
-    for name in ("several steps", "critic", "reward", "sft"):
+    for name in ("several steps", "critic", "groups", "reward", "sft"):
         assert [(outputs / f"{name} two" / f"world_{rank}.txt").read_text() for rank in (0, 1)] == ["2", "2"]
     # on two machines, as a user would start it: the Trainer's state of each process
     assert (outputs / "accumulation two" / "checkpoint-3" / "rng_state_1.pth").is_file()

@@ -87,10 +87,10 @@ SECTIONS = {
     "probe_prompts",
     "training": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps bf16 "
     "activation_checkpointing max_nonfinite_steps seed",
-    "PPO": "steps batch_size mini_batch_size ppo_epochs adafactor output_max_length temperature repetition_penalty "
-    "begin_suppress_tokens batched_gen init_kl_coef adap_kl_ctrl adap_kl_target adap_kl_horizon early_stopping target_kl "
-    "reward_baseline normalize_scores score_clip missing_eos_penalty allow_weak_reward floor_broken_replies gamma "
-    "gae_lambda clip_range value_clip_range value_coef",
+    "PPO": "advantage replies_per_prompt divide_by_std kl_in steps batch_size mini_batch_size ppo_epochs adafactor "
+    "output_max_length temperature repetition_penalty begin_suppress_tokens batched_gen init_kl_coef adap_kl_ctrl "
+    "adap_kl_target adap_kl_horizon early_stopping target_kl reward_baseline normalize_scores score_clip "
+    "missing_eos_penalty allow_weak_reward floor_broken_replies gamma gae_lambda clip_range value_clip_range value_coef",
     "guard": "guard guard_freq guard_prompts guard_patience kl_budget",
     "saving": "output_dir save_freq save_strategy save_steps save_total_limit resume_from_checkpoint",
     "logging": "logging_steps log_with report_to gold_function eval_strategy eval_steps per_device_eval_batch_size",
@@ -132,6 +132,8 @@ NEEDS = (
         lambda args: getattr(args, "sft_model_lora_path", "") is not None,
     ),  # stage 2
     ("ensemble_penalty", "an --ensemble_size above 1", lambda args: args.ensemble_size > 1),
+    ("critic gamma gae_lambda value_clip_range value_coef", "--advantage gae", lambda args: args.advantage == "gae"),
+    ("divide_by_std", "--advantage grpo", lambda args: args.advantage == "grpo"),
     ("adap_kl_target adap_kl_horizon", "--adap_kl_ctrl true", lambda args: args.adap_kl_ctrl),
     ("target_kl", "--early_stopping true", lambda args: args.early_stopping),
     ("guard_freq guard_prompts guard_patience kl_budget", "a --guard", lambda args: args.guard != "off"),

@@ -127,6 +127,57 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, advantages + values
 
 
+def _group_rewards(rewards: Tensor, mask: Tensor, replies: int) -> Tensor:
+    """Reward of each whole reply, by prompt: [B / replies, replies].  ValueError where a group is no group."""
+    _check_shapes(mask, rewards=rewards)
+    _check_no_empty_row(mask)
+    if replies < 2 or len(mask) % replies:
+        raise ValueError(
+            f"{len(mask)} rows in groups of {replies}: a group needs two replies or more, and all are whole"
+        )
+    return rewards.masked_fill(~mask, 0).sum(dim=1).view(-1, replies)
+
+
+@torch.no_grad()
+def rloo(rewards: Tensor, mask: Tensor, replies: int) -> Tensor:
+    """Leave-one-out advantages: A_i = R_i - mean of R_j over the other replies to the prompt.  [B, T], 0 on padding.
+
+    Ahmadian et al. 2024 (arXiv:2402.14740), eq. 9, where R is the reward of the whole reply; each of its tokens gets A.
+    rewards: float [B, T]; mask: bool [B, T]; rows i * replies to (i + 1) * replies - 1 answer the same prompt.
+    ValueError where a row has no real token, or the rows do not make groups of at least 2.
+    """
+    whole = _group_rewards(rewards, mask, replies)
+    others = (whole.sum(dim=1, keepdim=True) - whole) / (replies - 1)
+    return (whole - others).view(-1, 1).expand(mask.shape).masked_fill(~mask, 0)
+
+
+@torch.no_grad()
+def grpo(rewards: Tensor, mask: Tensor, replies: int, divide_by_std: bool = True) -> Tensor:
+    """Advantages relative to the group: A_i = (R_i - mean of R) / (std of R + 1e-4).  [B, T], 0 on padding.
+
+    Shao et al. 2024 (arXiv:2402.03300), section 4.1.2, with the deviation of a sample (n - 1) and the 1e-4 of TRL's
+    GRPOTrainer.  Not divided it is Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783), which does not give groups of nearly
+    equal rewards the weight of the others.  Arguments and errors as in `rloo`.
+    """
+    whole = _group_rewards(rewards, mask, replies)
+    centered = whole - whole.mean(dim=1, keepdim=True)
+    if divide_by_std:
+        centered = centered / (whole.std(dim=1, keepdim=True) + 1e-4)
+    return centered.view(-1, 1).expand(mask.shape).masked_fill(~mask, 0)
+
+
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the real tokens of the k3 estimate of KL(policy || reference), with its gradient by logprobs. []
+
+    The term that GRPO subtracts in its objective: Shao et al. 2024 (arXiv:2402.03300), eq. 4.  Its gradient by a log-prob is
+    1 - exp(ref - logprob): none where the two agree.
+    logprobs, ref_logprobs: float [B, T]; mask: bool [B, T].  ValueError on an all-False mask.
+    """
+    _check_shapes(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    log_ratio = (logprobs - ref_logprobs.detach()).masked_fill(~mask, 0).clamp(-20, 20)  # as in `policy_loss`
+    return masked_mean(kl_penalty(log_ratio, torch.zeros_like(log_ratio), "k3"), mask)
+
+
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
 ) -> PolicyLoss:
