@@ -161,6 +161,12 @@ class RewardArguments(ResumableArguments, TrainingArguments):
     length_penalty_coefficient: float = field(
         default=0.0, metadata={"help": "Weight of the squared correlation of score and reply length in a batch."}
     )
+    init_from_sft: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the reward adapter start as that of --sft_model_lora_path, in its shape, with a new head."
+        },
+    )
     ensemble_size: int = field(
         default=1,
         metadata={
@@ -174,6 +180,11 @@ class RewardArguments(ResumableArguments, TrainingArguments):
     def __post_init__(self) -> None:
         coefficients = "center_rewards_coefficient length_penalty_coefficient ensemble_penalty"
         check_numbers(self, above_0="ensemble_size", from_0=coefficients)
+        if self.init_from_sft and self.ensemble_size > 1:
+            raise InputError(
+                f"an ensemble of {self.ensemble_size} that all start as the SFT adapter is one model; leave out "
+                "--init_from_sft or --ensemble_size"
+            )
         self.remove_unused_columns = False  # the collator reads them all
         default_autocast(self)
         set_up_ddp(self)
@@ -489,9 +500,15 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Pairs,
     record: dict[str, Any] | None = None,
+    sft: SavedAdapter | None = None,
 ) -> RewardTrainer:
-    """The trainer, ready to train.  Changes `base`, which gets adapters and heads.  record: content of run.json."""
-    model, members = new_reward_model(base, lora_args, args.seed, args.ensemble_size)
+    """The trainer, ready to train.  Changes `base`, which gets adapters and heads.
+
+    record: content of run.json; sft: what --init_from_sft starts from.
+    """
+    model, members = new_reward_model(
+        base, lora_args, args.seed, args.ensemble_size, sft if args.init_from_sft else None
+    )
     check_output_logits(model)  # for the responses of an SFT model in the card
     if args.activation_checkpointing:
         model.enable_input_require_grads()  # a frozen embedding gives checkpointed layers nothing to differentiate
@@ -515,9 +532,13 @@ def main() -> None:
         description="Stage 2: LoRA reward model.",
     )
     dtype, checkpoint = start_stage("reward", model_args, training_args, plan_args.plan)
+    sft = None
+    if data_args.sft_model_lora_path is not None or training_args.init_from_sft:
+        sft = read_adapter(data_args.sft_model_lora_path, "--sft_model_lora_path")
     if plan_args.plan:
+        start = sft if training_args.init_from_sft else None
         announce(
-            lambda: reward_plan(model_args, data_args.max_length, lora_args, training_args, dtype),
+            lambda: reward_plan(model_args, data_args.max_length, lora_args, training_args, dtype, start),
             model_args,
             training_args,
             only_plan=True,
@@ -528,9 +549,6 @@ def main() -> None:
     tokenizer = load_tokenizer(model_args)
     template = model_args.prompt_template
     check_template(template, tokenizer)
-    sft = None
-    if data_args.sft_model_lora_path is not None:
-        sft = read_adapter(data_args.sft_model_lora_path, "--sft_model_lora_path")
     day = settle_date(tokenizer, template, data_args.prompt_date, checkpoint, sft)
     pairs = read_pairs(data_args, template, tokenizer, training_args.seed)
     check_batches(training_args, len(pairs.train))
@@ -561,7 +579,7 @@ def main() -> None:
     check_same_run(record, checkpoint, model_args, data_args, lora_args, training_args)
 
     # ---- Training ----
-    trainer = build_trainer(training_args, lora_args, base, tokenizer, pairs, record)
+    trainer = build_trainer(training_args, lora_args, base, tokenizer, pairs, record, sft)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # ---- Save ----

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -72,6 +73,7 @@ from rollout.logprobs import logprobs_fn
 from rollout.model import assemble_ppo_model, start_critic
 from rollout.policy_files import PolicyFiles
 from rollout.sampler import seed_of
+from rollout.value_learning import OF_VALUES, let_policy_wait, split_groups
 from rollout.watch import Watch
 from runs.memory_plan import announce, ppo_plan
 from runs.resume import check_same_run, identity, settle_date
@@ -248,6 +250,13 @@ class PPOArguments(ResumableArguments, TrainingArguments):
             "choices": ["head", "adapter"],
         },
     )
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of value head and critic.  Default: --learning_rate."}
+    )
+    value_warmup_iterations: int = field(
+        default=0,
+        metadata={"help": "Iterations at the start in which the values learn, and the policy stays as it is."},
+    )
     value_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
 
     def __post_init__(self) -> None:
@@ -255,8 +264,9 @@ class PPOArguments(ResumableArguments, TrainingArguments):
             self,
             above_0="steps save_freq batch_size mini_batch_size gradient_accumulation_steps ppo_epochs max_length "
             "output_max_length temperature repetition_penalty adap_kl_target adap_kl_horizon target_kl score_clip "
-            "guard_freq guard_prompts guard_patience kl_budget clip_range value_clip_range replies_per_prompt",
-            from_0="init_kl_coef missing_eos_penalty value_coef",
+            "guard_freq guard_prompts guard_patience kl_budget clip_range value_clip_range replies_per_prompt "
+            "value_learning_rate",
+            from_0="init_kl_coef missing_eos_penalty value_coef value_warmup_iterations",
             shares="gamma gae_lambda",
             finite="reward_baseline",
         )
@@ -268,6 +278,11 @@ class PPOArguments(ResumableArguments, TrainingArguments):
             raise InputError(
                 f"--advantage {self.advantage} compares the replies to a prompt, but --replies_per_prompt is 1; give 2 or "
                 "more"
+            )
+        if self.value_warmup_iterations >= self.steps:
+            raise InputError(
+                f"--value_warmup_iterations {self.value_warmup_iterations} leaves the policy none of the --steps "
+                f"{self.steps}; give fewer"
             )
         if self.batch_size % self.replies_per_prompt:
             raise InputError(
@@ -579,7 +594,10 @@ class PPOTrainer(ResumableTrainer):
 
     def whole_loss(self, losses: Losses) -> Tensor:
         """What is minimised, []."""
-        return losses.policy_loss + self.args.value_coef * losses.value_loss + self.kl_coef * losses.kl_loss
+        policy = losses.policy_loss + self.kl_coef * losses.kl_loss
+        if self.state.global_step < self.args.value_warmup_iterations:
+            policy = 0 * policy  # not left out: DDP wants a gradient of every parameter
+        return policy + self.args.value_coef * losses.value_loss
 
     def finish(
         self, experience: Experience, rewards: Tensor, returns: Tensor | None, update: dict[str, float], started: float
@@ -663,6 +681,25 @@ class PPOTrainer(ResumableTrainer):
         state = self.policy_files.gather()
         if self.args.should_save:
             self.policy_files.write(output_dir or self.args.output_dir, state)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and (self.args.value_learning_rate or self.args.value_warmup_iterations):
+            rate = self.args.value_learning_rate or self.args.learning_rate
+            split_groups(optimizer, self.model if model is None else model, rate)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        is_new = self.lr_scheduler is None
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if is_new and self.args.value_warmup_iterations:
+            self.lr_scheduler = let_policy_wait(schedule, self.args.value_warmup_iterations)
+        return self.lr_scheduler
+
+    def peak_rate(self, group: dict[str, Any]) -> float:
+        of_values = group.get(OF_VALUES) and self.args.value_learning_rate
+        return of_values or super().peak_rate(group)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # DeepSpeed fills the parameters by itself, and calls nothing of ours.

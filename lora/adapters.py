@@ -180,14 +180,20 @@ def load_adapter(model: PeftModel, adapter: SavedAdapter, name: str) -> None:
     model.eval()  # a new layer is in train mode, where its dropout acts
 
 
-def attach_adapter(base: PreTrainedModel, adapter: SavedAdapter, config: LoraConfig, name: str = POLICY) -> PeftModel:
+def attach_adapter(
+    base: PreTrainedModel, adapter: SavedAdapter, config: LoraConfig, name: str = POLICY, new_head: bool = False
+) -> PeftModel:
     """Wrap the base with a saved adapter under `name`.  Raises InputError when it does not fit the base.
 
-    The base needs a `score` before a reward adapter is attached: see `add_score_head`.
+    The base needs a `score` before a reward adapter is attached: see `add_score_head`.  new_head: an adapter without a head
+    of its own gets the base's.
     """
     # PEFT's own class for sequence classifiers has another forward(), which takes no job
-    wrap = PeftModel if adapter.has_score_head else get_peft_model
+    wrap = PeftModel if adapter.has_score_head or new_head else get_peft_model
     config, tensors = complete(base, adapter, config)
+    if new_head:
+        config.task_type, config.modules_to_save = "SEQ_CLS", [*(config.modules_to_save or ()), "score"]
+        tensors[SCORE_KEY] = base.score.weight.detach()
     config.base_model_name_or_path = base.config._name_or_path  # else PEFT warns where it has another path now
     with fitting(adapter.path):
         model = wrap(base, config, adapter_name=name)

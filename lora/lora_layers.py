@@ -173,6 +173,10 @@ def new_lora_config(lora: LoraArguments, base: PreTrainedModel, task_type: str) 
             f"an adapter on experts ({', '.join(parameters or taken)}) takes no dropout; add --lora_dropout 0 "
             f"(it is {lora.lora_dropout})"
         )
+    if (parameters or (taken and taken[0] in targets)) and lora.use_dora:
+        raise InputError(
+            f"an adapter on experts ({', '.join(parameters or taken)}) knows no DoRA; leave out --use_dora"
+        )
     layers = {name: layer for name, layer in layers.items() if any(is_named(name, target) for target in targets)}
     if experts and not parameters and lora.lora_target_modules == "all-linear":
         adapted = sum(layer.weight.numel() for layer in layers.values())
@@ -190,5 +194,8 @@ def new_lora_config(lora: LoraArguments, base: PreTrainedModel, task_type: str) 
         target_modules=targets,
         exclude_modules=other_modules(base, targets, layers),
         target_parameters=parameters,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=True if lora.init_lora_weights == "true" else lora.init_lora_weights,
         modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
     )

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora.adapters import POLICY, REWARD, SavedAdapter, load_adapter, read_adapter, use_adapter
+from lora.adapters import POLICY, REWARD, SavedAdapter, attach_adapter, is_of, load_adapter, read_adapter, use_adapter
 from lora.heads import add_hidden_state_fn, add_score_head, score_fn
 from lora.lora_layers import new_lora_config
 from utils.arguments import LoraArguments
@@ -18,10 +18,19 @@ MEMBER = "member"  # further adapters of a reward ensemble: member1, member2 ...
 
 
 def new_reward_model(
-    base: PreTrainedModel, lora: LoraArguments, seed: int, ensemble_size: int = 1
+    base: PreTrainedModel, lora: LoraArguments, seed: int, ensemble_size: int = 1, sft: SavedAdapter | None = None
 ) -> tuple[PeftModel, list[str]]:
-    """Base + new reward adapters with a score head each, the only trainable parts; and the names of the adapters."""
+    """Base + new reward adapters with a score head each, the only trainable parts; and the names of the adapters.
+
+    sft: the one adapter starts as this one, whose whole layers and tokens stay as they are.
+    """
     add_hidden_state_fn(base)
+    if sft is not None:
+        add_score_head(base, seed)
+        model = attach_adapter(base, sft, sft.config, new_head=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_of(name, POLICY) and ("lora_" in name or ".score." in name))
+        return model, [POLICY]
     members = [POLICY, *(f"{MEMBER}{number}" for number in range(1, ensemble_size))]
     config = new_lora_config(lora, base, "SEQ_CLS")
     configs = [copy.deepcopy(config) for _ in members]  # PEFT writes into the one that it gets

@@ -326,14 +326,19 @@ def sft_plan(
 
 
 def reward_plan(
-    model_args: ModelArguments, max_length: int, lora: LoraArguments, args: TrainingArguments, dtype: torch.dtype
+    model_args: ModelArguments,
+    max_length: int,
+    lora: LoraArguments,
+    args: TrainingArguments,
+    dtype: torch.dtype,
+    sft: SavedAdapter | None = None,
 ) -> Plan:
-    """Stage 2: chosen and rejected are 2B rows, which go through the model in parts (`part_size`).
+    """Stage 2, from the SFT adapter or from nothing: chosen and rejected are 2B rows, which go through the model in parts (`part_size`).
 
     What the parts of all members of the ensemble keep adds up; the backward pass needs more beside it for one part only.
     """
     base, sizes = _empty(model_args, dtype)
-    model, members = new_reward_model(base, lora, args.seed, args.ensemble_size)
+    model, members = new_reward_model(base, lora, args.seed, args.ensemble_size, sft)
     rows = 2 * args.per_device_train_batch_size
     part = min(rows, part_size(rows))
     passes = dry_run(model, part, max_length, args, training=True)

@@ -23,10 +23,11 @@ from utils.console import InputError, say
 
 # Arguments that take effect when the run goes on.
 TAKEN = (
-    "learning_rate steps max_steps num_train_epochs save_freq save_steps save_strategy save_total_limit logging_steps "
-    "logging_strategy logging_first_step eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size "
-    "eval_dataset eval_dataset_split eval_dataset_data_dir eval_subset max_grad_norm max_nonfinite_steps "
-    "load_best_model_at_end metric_for_best_model greater_is_better probe_prompts exempt_probes gold_function"
+    "learning_rate value_learning_rate steps max_steps num_train_epochs save_freq save_steps save_strategy save_total_limit "
+    "logging_steps logging_strategy logging_first_step eval_strategy eval_steps eval_delay eval_on_start "
+    "per_device_eval_batch_size eval_dataset eval_dataset_split eval_dataset_data_dir eval_subset max_grad_norm "
+    "max_nonfinite_steps load_best_model_at_end metric_for_best_model greater_is_better probe_prompts exempt_probes "
+    "gold_function"
 )
 # Where things lie, who looks on, and what `identity` tells better: files may have moved, and processes may be fewer.
 NOT_COMPARED = (

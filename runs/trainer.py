@@ -143,11 +143,15 @@ class ResumableTrainer(Trainer):
         schedule = self.lr_scheduler
         if checkpoint is None or not isinstance(schedule, LambdaLR):  # DeepSpeed has one of its own
             return
-        base = [self.args.learning_rate] * len(schedule.base_lrs)
+        base = [self.peak_rate(group) for group in self.optimizer.param_groups]
         rates = [rate * factor(schedule.last_epoch) for rate, factor in zip(base, schedule.lr_lambdas, strict=True)]
         schedule.load_state_dict({**schedule.state_dict(), "base_lrs": base, "_last_lr": rates})
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["initial_lr"], group["lr"] = self.args.learning_rate, rate
+        for group, peak, rate in zip(self.optimizer.param_groups, base, rates, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
+
+    def peak_rate(self, group: dict[str, Any]) -> float:
+        """The learning rate from which the schedule makes that of a group of the optimizer's."""
+        return self.args.learning_rate
 
     def is_finished(self) -> bool:
         """Whether there is nothing left to train: a run that was killed after its last step has only to be wound up."""

@@ -86,6 +86,75 @@ def test_the_policy_learns_nothing_from_the_value_loss(stages: Stages, tmp_path:
     assert gradients["adapter"] < 1e-9
 
 
+def rates_of(trainer: rl_training.PPOTrainer) -> dict[bool, float]:
+    """Whether it belongs to the values -> the learning rate of its weights."""
+    names = {id(weight): name for name, weight in trainer.model.named_parameters()}
+    rates: dict[bool, set[float]] = {True: set(), False: set()}
+    for group in trainer.optimizer.param_groups:
+        for weight in group["params"]:
+            rates[".v_head." in names[id(weight)] or ".critic." in names[id(weight)]].add(group["lr"])
+    return {of_values: rate for of_values, (rate,) in rates.items()}
+
+
+def rates_over(trainer: rl_training.PPOTrainer, iterations: int) -> list[dict[bool, float]]:
+    trainer.create_optimizer_and_scheduler(iterations)
+    seen = []
+    for _ in range(iterations):
+        seen.append(rates_of(trainer))
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    return seen
+
+
+@pytest.mark.parametrize("critic", ["head", "adapter"])
+def test_values_have_a_learning_rate_of_their_own(stages: Stages, tmp_path: Path, critic: str) -> None:
+    """Four iterations of a linear schedule, the policy's held back in the first two."""
+    rates = {"learning_rate": 0.001, "value_learning_rate": 0.1}
+    trainer = make_ppo_trainer(stages, tmp_path, critic=critic, steps=4, value_warmup_iterations=2, **rates)
+    seen = rates_over(trainer, 4)
+    assert [step[True] for step in seen] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert [step[False] for step in seen] == pytest.approx([0, 0, 0.0005, 0.00025])
+
+
+def test_without_a_rate_of_their_own_all_learn_alike(stages: Stages, tmp_path: Path) -> None:
+    trainer = make_ppo_trainer(stages, tmp_path, steps=2, learning_rate=0.001, value_warmup_iterations=1)
+    seen = rates_over(trainer, 2)
+    assert [step[True] for step in seen] == pytest.approx([0.001, 0.0005])
+    assert [step[False] for step in seen] == pytest.approx([0, 0.0005])
+
+
+@pytest.mark.parametrize("critic", ["head", "adapter"])
+def test_the_policy_waits_while_the_values_warm_up(stages: Stages, tmp_path: Path, critic: str) -> None:
+    """The value loss pulls at the policy through the trunk that they share, and weight decay at every weight."""
+    policies, heads, noted = [], [], []
+    more = {"value_warmup_iterations": 2, "weight_decay": 0.1, "lr_scheduler_type": "constant"}
+    trainer = make_ppo_trainer(stages, tmp_path, critic=critic, steps=3, **more)
+    step = trainer.training_step
+
+    def watched(*args: object) -> torch.Tensor:
+        result = step(*args)
+        state = tensors(trainer)
+        policies.append([value for name, value in state.items() if ".lora_" in name and ".default." in name])
+        heads.append([value for name, value in state.items() if ".v_head." in name])
+        noted.append(
+            {name: trainer.pending_metrics[name] for name in ("kl_max", "learning_rate", "loss", "value_loss")}
+        )
+        return result
+
+    def differ(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+        return any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    trainer.training_step = watched
+    trainer.train()
+    assert not differ(policies[0], policies[1])
+    assert differ(policies[1], policies[2])
+    assert differ(heads[0], heads[1])
+    assert [row["learning_rate"] for row in noted] == [0, 0, 1e-3]
+    assert max(row["kl_max"] for row in noted) < 1e-3  # that of the third iteration is from before its update
+    weight = trainer.args.value_coef
+    assert [row["loss"] for row in noted[:2]] == pytest.approx([weight * row["value_loss"] for row in noted[:2]])
+
+
 def test_a_resumed_run_with_a_critic_is_the_run(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +167,7 @@ def test_a_resumed_run_with_a_critic_is_the_run(
             *("--reward_model_lora_path", stages.reward, "--output_dir", str(output), "--critic", "adapter"),
             *("--steps", "4", "--save_freq", "2", "--batch_size", "4", "--mini_batch_size", "2", "--ppo_epochs", "2"),
             *("--output_max_length", "8", "--max_length", "64", "--learning_rate", "0.003", "--guard", "warn"),
-            *("--allow_weak_reward", "true", *more),
+            *("--allow_weak_reward", "true", "--value_learning_rate", "0.01", "--value_warmup_iterations", "3", *more),
         ]
         run_main(rl_training, words, monkeypatch)
 

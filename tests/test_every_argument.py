@@ -515,6 +515,9 @@ OTHERS = {
     "lora_alpha": 5,
     "lora_dropout": 0.3,
     "lora_target_modules": "q_proj",
+    "use_rslora": "true",
+    "use_dora": "true",
+    "init_lora_weights": "gaussian",
     "seed": 7,
 }
 OTHERS_OF = {
@@ -550,9 +553,12 @@ def card(run: Run) -> dict[str, Any]:
     return json.loads((run.folder / "reward_card.json").read_text(encoding="utf-8"))
 
 
+OF_LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
+
+
 def layers(run: Run) -> dict[str, Any]:
     config = json.loads((run.folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return {name: config[name] for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
+    return {name: config[name] for name in (*OF_LORA, "target_modules")}
 
 
 def best_step(run: Run) -> int:
@@ -576,6 +582,9 @@ OF_OTHERS = {
     "lora_alpha": (lambda run: layers(run)["lora_alpha"], 5),
     "lora_dropout": (lambda run: layers(run)["lora_dropout"], 0.3),
     "lora_target_modules": (lambda run: layers(run)["target_modules"], ["q_proj"]),
+    "use_rslora": (lambda run: layers(run)["use_rslora"], True),
+    "use_dora": (lambda run: layers(run)["use_dora"], True),
+    "init_lora_weights": (lambda run: layers(run)["init_lora_weights"], "gaussian"),
 }
 OF_SFT = {
     "neftune_noise_alpha": (lambda run: run.coefficients, {100.0}),
@@ -626,6 +635,8 @@ CHANGES = {  # argument -> a value, with what it needs, and the metrics of the f
     "value_clip_range": ({"value_clip_range": 0.001}, "value_clip_fraction"),
     "value_coef": ({"value_coef": 2.0}, "loss grad_norm"),
     "critic": ({"critic": "adapter"}, "value_loss"),
+    "value_learning_rate": ({"value_learning_rate": 0.1}, "value_loss"),
+    "value_warmup_iterations": ({"value_warmup_iterations": 1, "steps": 2}, "learning_rate"),
     "early_stopping": ({"early_stopping": True, "target_kl": 1e-6}, "stopped_early"),
     "target_kl": ({"early_stopping": True, "target_kl": 1e-6}, "optimizer_steps"),
     "adafactor": ({"adafactor": True}, "approx_kl"),

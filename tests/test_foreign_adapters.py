@@ -373,6 +373,37 @@ def test_a_score_head_that_the_configuration_does_not_name(named, bases, tmp_pat
         assert_close(scores, judge.eval()(input_ids=IDS).logits[:, 0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "biases" not in kind])
+def test_a_reward_adapter_starts_as_the_sft_adapter(kind, bases, folder, tmp_path):
+    """--init_from_sft: its scores are a new head's on the SFT model's states, LoRA and head alone learn, and a file is read
+    back with all that the SFT adapter had."""
+    base = bases["tied" if kind in ON_TIED else "apart"]
+    sft = save_adapter(base, folder / f"{Path(base).name} {kind} 1", kind, 1)
+    model, members = new_reward_model(load_plain(base), LoraArguments(), seed=2, sft=read_adapter(sft, "--x"))
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    head = model.get_base_model().score.modules_to_save[members[0]].weight.detach()
+    plain = PeftModel.from_pretrained(load_plain(base), sft).eval()
+    with torch.no_grad():
+        states = plain(input_ids=IDS, output_hidden_states=True).hidden_states[-1][:, -1]
+        (scores,) = member_scores(model.eval(), inputs, members)
+    assert_close(scores, (states @ head.T)[:, 0], rtol=0, atol=1e-6)
+
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    move(model, seed=3)
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert any(".score." in name for name in changed)
+    assert all("lora_" in name or ".score." in name for name in changed)
+    assert {name for name in before if "lora_" in name} <= changed
+    model.save_pretrained(tmp_path)
+    saved = read_adapter(str(tmp_path), "--x")
+    assert saved.has_score_head
+    load_adapter(model, saved, "reloaded")
+    with torch.no_grad():
+        ours, reloaded = member_scores(model.eval(), inputs, [*members, "reloaded"])
+    assert torch.equal(ours, reloaded)
+    assert not torch.equal(ours, scores)
+
+
 @pytest.mark.parametrize("kind", ["tokens", "both whole"])
 def test_the_reward_stage_gives_back_what_it_borrowed(kind, bases, folder, tmp_path):
     """Stage 2 loads the SFT adapter to sample from it and takes it off again: the reward model is as it was, and its file

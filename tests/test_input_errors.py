@@ -611,6 +611,29 @@ CASES = [  # name, script, changes, message (paths and regular expression)
     wrong_value("reward", "degenerate_ratio", "1"),
     wrong_value("reward", "eval_fraction", "10"),
     wrong_value("reward", "lora_r", "0", r"--lora_r 0 .* have to be at least 1"),
+    wrong_value(
+        "sft", "init_lora_weights", "pissa", r"--init_lora_weights is pissa; give one of true, gaussian, ortho.* base"
+    ),
+    (
+        "start of nothing",
+        "reward",
+        {"init_from_sft": "true"},
+        r"no adapter was given; add --sft_model_lora_path FOLDER",
+    ),
+    ("equal members", "reward", {"init_from_sft": "true", "ensemble_size": "2"}, r"an ensemble of 2 .* is one model;"),
+    (
+        "odd rank",
+        "sft",
+        {"init_lora_weights": "orthogonal", "lora_r": "3"},
+        r"orthogonal needs an even --lora_r; it is 3",
+    ),
+    (
+        "values alone",
+        "ppo",
+        {"value_warmup_iterations": "2", "steps": "2"},
+        r"leaves the policy none of the --steps 2;",
+    ),
+    wrong_value("ppo", "value_learning_rate", "0"),
     wrong_value("sft", "lora_dropout", "1"),
     *(wrong_value("ppo", name, "0") for name in ("steps", "save_freq", "batch_size", "mini_batch_size", "ppo_epochs")),
     *(wrong_value("ppo", name, "0") for name in ("kl_budget", "guard_patience", "guard_freq", "temperature")),

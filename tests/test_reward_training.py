@@ -9,11 +9,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 
 import reward_modeling
 from corpus.tokens import Preferences, tokenize_preferences
-from lora.adapters import POLICY, attach_adapter, read_adapter
+from lora.adapters import POLICY, SCORE_KEY, attach_adapter, read_adapter
 from lora.heads import add_hidden_state_fn, add_score_head, score_fn
 from reward_modeling import (
     Pairs,
@@ -30,9 +31,10 @@ from rewards.reward_model import ensemble_score, member_folders, member_scores, 
 from rollout.distribution import default_sampling
 from rollout.model import assemble_ppo_model
 from rollout.sampler import generate_ids
+from runs.memory_plan import reward_plan
 from tests.conftest import make_tokenizer, write_rows
 from tests.helpers import load_plain, load_with_hidden_state_fn, make_stages, run_main, save_lively_base, save_sft
-from utils.arguments import LoraArguments
+from utils.arguments import LoraArguments, ModelArguments
 from utils.batching import pad_right
 from utils.console import InputError
 
@@ -211,6 +213,21 @@ def test_the_card_says_how_sft_replies_score(train, base: str, tmp_path: Path) -
     assert card["sft_score_std"] > 0
     assert card["probes_above_sft"].keys() == card["probes"].keys()
     assert (tmp_path / "reward" / "reward_card.png").exists()
+
+
+def test_a_reward_model_that_starts_as_the_sft_adapter(train, base: str, tmp_path: Path) -> None:
+    """With a learning rate of 0 its file holds the SFT adapter's tensors and a head; with one it learns."""
+    sft = save_sft(base, tmp_path / "sft")
+    of_sft = load_file(f"{sft}/adapter_model.safetensors")
+    settings = {"init_from_sft": "true", "sft_model_lora_path": sft, "output_max_length": 4, "probe_prompts": 2}
+    for name, rate in (("still", 0), ("moved", 0.01)):
+        saved = load_file(train(name, learning_rate=rate, **settings) / "adapter_model.safetensors")
+        assert saved.keys() == {*of_sft, SCORE_KEY}
+        assert all(torch.equal(saved[key], value) for key, value in of_sft.items()) == (rate == 0)
+    args = RewardArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", eval_strategy="no")
+    wanted = (ModelArguments(base), 32, LoraArguments(lora_r=64), args, torch.float32)
+    from_nothing, from_sft = (reward_plan(*wanted, start) for start in (None, read_adapter(sft, "--sft")))
+    assert from_sft.held["adapters and heads"] < from_nothing.held["adapters and heads"] / 10
 
 
 def test_sft_responses_are_the_sft_adapters_own(base: str, tmp_path: Path) -> None:

@@ -170,6 +170,9 @@ def split_columns(words: str) -> dict[str, str]:
     return found
 
 
+STARTS = ("true", "gaussian", "orthogonal")  # of --init_lora_weights: those that leave the base as it is
+
+
 @dataclass
 class LoraArguments:
     """Shape of a new adapter (SFT and reward model; PPO continues the SFT adapter)."""
@@ -191,8 +194,29 @@ class LoraArguments:
             "mlp.experts.down_proj.  Needs --lora_dropout 0."
         },
     )
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead (rsLoRA): for high ranks."}
+    )
+    use_dora: bool = field(
+        default=False, metadata={"help": "Learn the length of each row of the weights by itself (DoRA); slower."}
+    )
+    init_lora_weights: str = field(
+        default="true",
+        metadata={
+            "help": "How the adapter starts: true (PEFT's default) or gaussian, which both add nothing at first, or "
+            "orthogonal."
+        },
+    )
 
     def __post_init__(self) -> None:
+        self.init_lora_weights = self.init_lora_weights.lower()
+        if self.init_lora_weights not in STARTS:
+            raise InputError(
+                f"--init_lora_weights is {self.init_lora_weights}; give one of {', '.join(STARTS)}: starts that change the "
+                "base (PiSSA, OLoRA, CorDA, LoftQ) change it for all adapters on it"
+            )
+        if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
+            raise InputError(f"--init_lora_weights orthogonal needs an even --lora_r; it is {self.lora_r}")
         if self.lora_r < 1 or self.lora_alpha < 1:
             raise InputError(f"--lora_r {self.lora_r} and --lora_alpha {self.lora_alpha} have to be at least 1")
         if not 0 <= self.lora_dropout < 1:

@@ -79,10 +79,12 @@ INSTEAD = {
 # Sections of --help, in this order; what is in none of them is the Trainer's, and comes last.
 SECTIONS = {
     "what to train": "model_name_or_path prompt_template dtype load_in_4bit trust_remote_code sft_model_lora_path "
-    "reward_model_lora_path reward_function reward_weights merged_sft_model_path critic ensemble_size ensemble_penalty plan",
+    "reward_model_lora_path init_from_sft reward_function reward_weights merged_sft_model_path critic ensemble_size "
+    "ensemble_penalty plan",
     "on what": "dataset columns dataset_split dataset_data_dir eval_dataset eval_dataset_split eval_dataset_data_dir "
     "eval_fraction prompt_date max_length train_on_turns train_subset eval_subset overlong_pairs",
-    "LoRA": "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters",
+    "LoRA": "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters use_rslora use_dora "
+    "init_lora_weights",
     "reward model": "center_rewards_coefficient length_penalty_coefficient degenerate_ratio degenerate_kinds exempt_probes "
     "probe_prompts",
     "training": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps bf16 "
@@ -90,7 +92,8 @@ SECTIONS = {
     "PPO": "advantage replies_per_prompt divide_by_std kl_in steps batch_size mini_batch_size ppo_epochs adafactor "
     "output_max_length temperature repetition_penalty begin_suppress_tokens batched_gen init_kl_coef adap_kl_ctrl "
     "adap_kl_target adap_kl_horizon early_stopping target_kl reward_baseline normalize_scores score_clip "
-    "missing_eos_penalty allow_weak_reward floor_broken_replies gamma gae_lambda clip_range value_clip_range value_coef",
+    "missing_eos_penalty allow_weak_reward floor_broken_replies gamma gae_lambda clip_range value_clip_range value_coef "
+    "value_learning_rate value_warmup_iterations",
     "guard": "guard guard_freq guard_prompts guard_patience kl_budget",
     "saving": "output_dir save_freq save_strategy save_steps save_total_limit resume_from_checkpoint",
     "logging": "logging_steps log_with report_to gold_function eval_strategy eval_steps per_device_eval_batch_size",
@@ -131,8 +134,17 @@ NEEDS = (
         "--sft_model_lora_path",
         lambda args: getattr(args, "sft_model_lora_path", "") is not None,
     ),  # stage 2
+    (
+        "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters use_rslora use_dora init_lora_weights",
+        "leaving out --init_from_sft, which takes the SFT adapter's shape",
+        lambda args: not getattr(args, "init_from_sft", False),
+    ),
     ("ensemble_penalty", "an --ensemble_size above 1", lambda args: args.ensemble_size > 1),
-    ("critic gamma gae_lambda value_clip_range value_coef", "--advantage gae", lambda args: args.advantage == "gae"),
+    (
+        "critic gamma gae_lambda value_clip_range value_coef value_learning_rate value_warmup_iterations",
+        "--advantage gae",
+        lambda args: args.advantage == "gae",
+    ),
     ("divide_by_std", "--advantage grpo", lambda args: args.advantage == "grpo"),
     ("adap_kl_target adap_kl_horizon", "--adap_kl_ctrl true", lambda args: args.adap_kl_ctrl),
     ("target_kl", "--early_stopping true", lambda args: args.early_stopping),
