@@ -25,7 +25,7 @@ def split_groups(optimizer: torch.optim.Optimizer, model: nn.Module, learning_ra
 
 
 def let_policy_wait(schedule: LambdaLR, iterations: int) -> LambdaLR:
-    """The schedule with a rate of 0 for the policy in the first iterations.  The optimizer has gone through `split_groups`."""
+    """The schedule with a rate of 0 for the policy in the first iterations; `split_groups` has to come before it."""
 
     def late(factor: Callable[[int], float]) -> Callable[[int], float]:
         return lambda iteration: factor(iteration) if iteration >= iterations else 0.0

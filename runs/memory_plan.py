@@ -333,8 +333,9 @@ def reward_plan(
     dtype: torch.dtype,
     sft: SavedAdapter | None = None,
 ) -> Plan:
-    """Stage 2, from the SFT adapter or from nothing: chosen and rejected are 2B rows, which go through the model in parts (`part_size`).
+    """Stage 2: chosen and rejected are 2B rows, which go through the model in parts (`part_size`).
 
+    sft: what the reward adapter starts from, if not from nothing.
     What the parts of all members of the ensemble keep adds up; the backward pass needs more beside it for one part only.
     """
     base, sizes = _empty(model_args, dtype)
