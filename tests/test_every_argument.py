@@ -686,7 +686,7 @@ ELSEWHERE = {  # file -> arguments whose effect is its subject, or that it gives
     "test_data": "eval_fraction columns train_on_turns",
     "test_trackers": "run_name project",
     "test_reward_training": "sft_model_lora_path degenerate_ratio degenerate_kinds exempt_probes "
-    "length_penalty_coefficient ensemble_size ensemble_penalty output_max_length",
+    "length_penalty_coefficient ensemble_size ensemble_penalty output_max_length init_from_sft",
     "test_guarded_run": "reward_model_lora_path guard guard_freq guard_patience kl_budget",
     "test_always_true": "floor_broken_replies",
     "test_families": "lora_target_parameters",
