@@ -379,10 +379,14 @@ def test_a_plan_without_a_reward_adapter(
 
 
 def test_the_page_about_functions(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its module, its row of data and its command, as they are printed."""
+    """Its modules, its row of data and its command, as they are printed."""
     page = (Path(__file__).parent.parent / "docs" / "reward_functions.md").read_text(encoding="utf-8")
-    blocks = dict(re.findall(r"```(bash|python|json)\n(.*?)```", page, re.DOTALL))
-    (tmp_path / "sum_rules.py").write_text(blocks["python"], encoding="utf-8")
+    found = re.findall(r"```(bash|python|json)\n(.*?)```", page, re.DOTALL)
+    blocks = dict(found)
+    for module, (_, text) in zip(
+        ("sum_rules", "my_rules"), [block for block in found if block[0] == "python"], strict=True
+    ):
+        (tmp_path / f"{module}.py").write_text(text, encoding="utf-8")
     rows = [json.loads(blocks["json"]), *({"prompt": f"{n} + 1 =", "answer": n + 1} for n in range(9))]
     write_rows(tmp_path / "sums.jsonl", rows)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -397,3 +401,7 @@ def test_the_page_about_functions(stages: Stages, tmp_path: Path, monkeypatch: p
         right = next(each["answer"] for each in rows if each["prompt"] == row["prompt"])
         assert row["right_sum score"] == float(row["response"].strip().startswith(str(right)))
         assert row["short score"] == pytest.approx(-len(row["response"]) / 100)
+    words[words.index("sum_rules:right_sum,sum_rules:short")] = "my_rules:in_words,my_rules:short"
+    words[words.index("output/ppo")] = "output/ruled"
+    run_main(rl_training, [*words, "--guard", "off", "--ppo_epochs", "1"], monkeypatch)
+    assert {row["short score"] for row in read_jsonl("output/ruled/samples.jsonl")} == {1.0}  # 1 to 4 tokens

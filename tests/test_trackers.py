@@ -84,7 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: dict[str, str]) -> Runs
     reward = ["--eval_dataset", data["preferences"], "--max_steps", "2", "--logging_steps", "1"]
     ppo = ["--sft_model_lora_path", stages.sft, "--reward_model_lora_path", folder / "reward"]
     ppo += ["--allow_weak_reward", "true", "--output_max_length", "12", "--save_freq", "2", "--learning_rate", "1e-3"]
-    ppo += ["--steps", STEPS, "--batch_size", BATCH]
+    ppo += ["--steps", STEPS, "--batch_size", BATCH, "--kl_in", "loss"]
     watched = ["--guard_freq", "2", "--guard", "warn", "--eval_fraction", "0.4", "--eval_strategy", "steps"]
     watched += ["--gold_function", "tests.golds:judge"]
     logged: dict[str, list[dict[str, Any]]] = {}
@@ -267,6 +267,8 @@ def test_trackio_gets_the_same(runs: Runs, data: dict[str, str], tmp_path: Path,
         "trackio",
         "--run_name",
         "tests",
+        "--kl_in",
+        "loss",
         "--project",
         "toolkit",
         "--output_dir",
