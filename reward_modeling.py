@@ -485,6 +485,8 @@ def write_card(
     for callback in trainer.callback_handler.callbacks:
         show_card(callback, card, args.output_dir, trainer.state.global_step)
     say(card_table(card))
+    if card["not_shown"]:
+        say("too few prompts to tell, which fails nothing: " + in_short(card["not_shown"]))
     say("the reward model " + ("passed" if card["passed"] else "FAILED: " + in_short(card["failed"])))
 
 

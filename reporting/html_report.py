@@ -15,6 +15,7 @@ from typing import Any
 from reporting.html import html_page, write_page
 from reporting.metrics import group_metrics, metric_of
 from reporting.plots import RUN_COLOURS, Curve, as_svg, dashes_of, draw
+from rewards.reward_card import PROBE_THRESHOLD, judge_probes
 from utils.console import InputError, say
 from utils.files import read_json_object
 from utils.hashing import in_share
@@ -45,8 +46,10 @@ CARD_TITLES = {  # of the reward card; what is not here is a metric's title, or 
     "threshold": "share of prompts that a probe has to reach",
     "exempt": "probes that do not decide",
     "failed": "what failed",
+    "not_shown": "what too few prompts do not tell",
 }
-PROBES = ("probes", "probe_counts", "probes_above_sft")  # of the reward card: a number for each kind of broken reply
+# of the reward card: a number for each kind of broken reply, and the two ends of an interval
+PROBES = ("probes", "probe_counts", "probes_above_sft", "probes_ci95")
 SAMPLE_NUMBERS = ("iteration", "score", "gold", "length", "kl")  # first, in this order
 
 
@@ -133,10 +136,17 @@ def _read_card(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, "reward_card.json")
     card = read_json_object(path)
     drawn = flatten({name: card[name] for name in ("threshold", *PROBES) if name in card})
-    wrong = [name for name, value in drawn.items() if not isinstance(value, (int, float))]
+    wrong = [name for name, value in drawn.items() if not _is_drawn(name, value)]
     if wrong:
         raise InputError(f"{path} is no reward card: {wrong[0]} is no number; train the reward model again")
     return card
+
+
+def _is_drawn(name: str, value: Any) -> bool:
+    """Whether `probe_table` draws this value of a flattened card under that name: a number, or the ends of an interval."""
+    if name.startswith("probes_ci95/"):
+        return isinstance(value, list) and len(value) == 2 and all(isinstance(end, (int, float)) for end in value)
+    return name not in PROBES and isinstance(value, (int, float))
 
 
 def _read_rows(folder: str, file: str) -> list[dict[str, Any]]:
@@ -326,17 +336,19 @@ def fact_table(columns: Sequence[tuple[str, Mapping[str, Any]]], title: Callable
 
 def probe_table(name: str, card: Mapping[str, Any]) -> str:
     """HTML table of a reward card's probes: a row a kind of broken reply, with a bar that says whether it passed."""
-    probes, counts, above = (card.get(part, {}) for part in PROBES)
-    threshold = card.get("threshold", 1.0)
-    head = ["broken reply", "the good one wins", "", "above the median SFT reply", "prompts"]
+    probes, counts, above, intervals = (card.get(part, {}) for part in PROBES)
+    threshold = card.get("threshold", PROBE_THRESHOLD)
+    head = ["broken reply", "the good one wins", "", "95% interval", "prompts", "above the median SFT reply"]
     parts = [f'<div class="scroll"><table class="facts"><caption dir="auto">{html.escape(name)}</caption><thead><tr>']
     parts += [f"<th>{html.escape(title)}</th>" for title in head]
     parts.append("</tr></thead><tbody>")
-    for kind, share in probes.items():
-        verdict = "" if share >= threshold else "exempt" if kind in card.get("exempt", ()) else "failed"
+    for kind, judged in judge_probes(card).items():
+        share, verdict = probes[kind], "" if judged == "passed" else judged
+        interval = " to ".join(map(shown, intervals[kind])) if kind in intervals else "–"
         bar = f'<meter min="0" max="1" low="{threshold}" optimum="1" value="{share}"></meter> {shown(share)}'
         parts.append(f'<tr><th scope="row">{html.escape(kind)}</th><td>{bar}</td><td class="{verdict}">{verdict}</td>')
-        parts += [f'<td class="number">{shown(part.get(kind))}</td>' for part in (above, counts)]
+        numbers = (interval, shown(counts.get(kind)), shown(above.get(kind)))
+        parts += [f'<td class="number">{text}</td>' for text in numbers]
         parts.append("</tr>")
     return "".join([*parts, "</tbody></table></div>"])
 

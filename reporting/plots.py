@@ -13,6 +13,7 @@ import numpy as np
 
 from reporting.html import WEB
 from reporting.metrics import OF_PPO, Metric
+from rewards.reward_card import judge_probes
 from utils.files import read_jsonl
 
 if TYPE_CHECKING:  # matplotlib is a second of import time that --help should not pay
@@ -160,19 +161,28 @@ def draw_card(card: dict[str, Any], scores: dict[str, np.ndarray], folder: str) 
 
 
 def card_figure(card: dict[str, Any], scores: dict[str, np.ndarray]) -> "Figure":
-    """Blue bars reach the threshold, red ones do not, grey ones are of the kinds that do not decide."""
+    """Bars with their 95% intervals: blue ones passed, red ones failed, yellow ones are not shown, grey ones do not decide.
+
+    scores: float [N] by sort of response.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5.5), layout="tight")
     left, right = figure.subplots(1, 2)
-    exempt, threshold = card.get("exempt", ()), card["threshold"]
+    threshold, intervals = card["threshold"], card["probes_ci95"]
     probes = dict(reversed(card["probes"].items()))
-    colour = {kind: "#0072b2" if share >= threshold else "#d55e00" for kind, share in probes.items()}
-    colour |= dict.fromkeys(exempt, "#8c8c8c")
-    names = [f"{kind} (exempt)" if kind in exempt else kind for kind in probes]
-    left.barh(names, probes.values(), color=[colour[kind] for kind in probes])
+    judged = judge_probes(card)
+    colour = {"passed": "#0072b2", "failed": "#d55e00", "not shown": "#e69f00", "exempt": "#8c8c8c"}
+    names = [
+        f"{kind} ({'' if judged[kind] == 'passed' else judged[kind] + ', '}{card['probe_counts'][kind]} prompts)"
+        for kind in probes
+    ]
+    # rounding puts an end of the interval of 0 or 1 a hair on the wrong side, and no bar of errors may be negative
+    reach = [[max(0.0, probes[k] - intervals[k][0]), max(0.0, intervals[k][1] - probes[k])] for k in probes]
+    left.barh(names, probes.values(), color=[colour[judged[kind]] for kind in probes])
+    left.errorbar(probes.values(), names, xerr=np.array(reach).reshape(-1, 2).T, fmt="none", ecolor="black", capsize=2)
     left.axvline(threshold, color="black", linewidth=1, linestyle="--")
-    wanted = f"broken replies (dashed: {threshold}, what is wanted)"
+    wanted = f"broken replies (dashed: {threshold}, what is wanted; lines: 95% intervals)"
     left.set(xlim=(0, 1), xlabel="share of prompts where the good reply beats the broken one", title=wanted)
     names = list(scores)[::-1]  # from the top, in the same order as on the left
     boxes = [scores[name] for name in names]

@@ -6,7 +6,7 @@ scores float [N, 2] and response lengths int [N, 2] in tokens, chosen first.
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,12 @@ PROBE_THRESHOLD = 0.95  # share of the prompts where the good response has to be
 SAME_LENGTH = 0.1  # two responses are equally long when they differ by at most this share of the longer one
 SHORT_SHARE = 0.2  # the chosen responses up to this quantile of their lengths are the short good ones
 BINS = 10  # of the calibration error
+Z_95 = 1.959964  # a normal variable is within this many standard deviations of its mean with probability 0.95
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """95% interval of a share seen in `count` independent trials (Wilson 1927); stays inside [0, 1]."""
-    z = 1.959964
+    z = Z_95
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -129,9 +130,12 @@ def probe(
     good = np.array([score_of[tuple(pair["chosen_ids"])] for pair in pairs])
     broken = score([pair["rejected_ids"] for pair in pairs], "broken replies")
     found = [kind for kind in KINDS if (kinds == kind).any()]
+    shares = {kind: float((good > broken)[kinds == kind].mean()) for kind in found}
+    counts = {kind: int((kinds == kind).sum()) for kind in found}
     card: dict[str, Any] = {
-        "probes": {kind: float((good > broken)[kinds == kind].mean()) for kind in found},
-        "probe_counts": {kind: int((kinds == kind).sum()) for kind in found},
+        "probes": shares,
+        "probes_ci95": {kind: list(wilson_interval(shares[kind], counts[kind])) for kind in found},
+        "probe_counts": counts,
     }
     scores = {kind: broken[kinds == kind] for kind in found}
     scores["good"] = good
@@ -172,29 +176,70 @@ def make_card(
     return card | verdict(card, exempt)
 
 
-def verdict(card: dict[str, Any], exempt: Sequence[str] = (), threshold: float = PROBE_THRESHOLD) -> dict[str, Any]:
-    """`passed`, `threshold`, `exempt`, and `failed`: what is below the threshold, in words.
+def judge_probes(card: Mapping[str, Any]) -> dict[str, str]:
+    """Each kind of broken response -> passed, failed, not shown or exempt.
 
-    A model passes when its accuracy is at least MIN_ACCURACY with the whole interval above chance, and every probe that is
-    not exempt reaches the threshold.
+    A probe passes when its share reaches the threshold.  It has failed when the whole 95% interval of the share is under the
+    threshold; where the interval still holds it, there are too few prompts to say, and it is not shown.  The card of an
+    older version has no intervals: there the share decides.
     """
-    failed = []
+    threshold, intervals = card.get("threshold", PROBE_THRESHOLD), card.get("probes_ci95", {})
+    found = {}
+    for kind, share in card["probes"].items():
+        _, high = intervals.get(kind, (share, share))
+        below = "failed" if high < threshold else "not shown"
+        found[kind] = "exempt" if kind in card.get("exempt", ()) else "passed" if share >= threshold else below
+    return found
+
+
+def prompts_to_tell(share: float, threshold: float) -> int:
+    """The least number of prompts whose interval around `share` does not hold the threshold; share != threshold."""
+    # Wilson's interval holds what is within z * sqrt(threshold * (1 - threshold) / count) of the share
+    return math.floor(Z_95**2 * threshold * (1 - threshold) / (threshold - share) ** 2) + 1
+
+
+def probe_in_words(card: Mapping[str, Any], kind: str) -> str:
+    """A probe with its number of prompts and its interval, for the reasons of a card."""
+    share, count, (low, high) = card["probes"][kind], card["probe_counts"][kind], card["probes_ci95"][kind]
+    return (
+        f"probe {kind} {share:.3f} of {count} prompts (95% interval {low:.3f} to {high:.3f}, wanted {PROBE_THRESHOLD})"
+    )
+
+
+def verdict(card: dict[str, Any], exempt: Sequence[str] = ()) -> dict[str, Any]:
+    """`passed`, `threshold`, `exempt`, and in words `failed` and `not_shown`.
+
+    A model passes when its accuracy is at least MIN_ACCURACY with the whole interval above chance, and no probe that is not
+    exempt has failed.  What is not shown for lack of prompts is told and fails nothing.
+    """
+    judged = judge_probes({**card, "threshold": PROBE_THRESHOLD, "exempt": exempt})
+    failed, not_shown = [], []
     low, high = card["accuracy_ci95"]
     if low <= 0.5:
         interval = f"(95% interval {low:.3f} to {high:.3f})"
         failed.append(f"accuracy {card['accuracy']:.3f} on held-out pairs {interval} may be chance")
     elif card["accuracy"] < MIN_ACCURACY:
         failed.append(f"accuracy {card['accuracy']:.3f} on held-out pairs (wanted {MIN_ACCURACY})")
-    for kind, share in card["probes"].items():
-        if share < threshold and kind not in exempt:
-            failed.append(f"probe {kind} {share:.3f} (wanted {threshold})")
-    return {"passed": not failed, "threshold": threshold, "exempt": list(exempt), "failed": failed}
+    for kind, found in judged.items():
+        words = probe_in_words(card, kind) if found in ("failed", "not shown") else ""
+        if found == "failed":
+            failed.append(words)
+        elif found == "not shown":
+            needed = prompts_to_tell(card["probes"][kind], PROBE_THRESHOLD)
+            not_shown.append(f"{words}; with this share it takes {needed} prompts to tell")
+    return {
+        "passed": not failed,
+        "threshold": PROBE_THRESHOLD,
+        "exempt": list(exempt),
+        "failed": failed,
+        "not_shown": not_shown,
+    }
 
 
-def in_short(failed: list[str], shown: int = 3) -> str:
-    """What failed, as one line: the first few, and how many more there are."""
-    more = len(failed) - shown
-    return "; ".join(failed[:shown]) + (f"; and {more} more" if more > 0 else "")
+def in_short(reasons: list[str], shown: int = 3) -> str:
+    """The reasons of a verdict as one line: the first few, and how many more there are."""
+    more = len(reasons) - shown
+    return "; ".join(reasons[:shown]) + (f"; and {more} more" if more > 0 else "")
 
 
 def read_card(folder: str) -> dict[str, Any] | None:
@@ -206,7 +251,8 @@ def read_card(folder: str) -> dict[str, Any] | None:
     try:
         if not all(math.isfinite(card[name]) for name in ("score_mean", "score_std")) or card["score_std"] < 0:
             raise ValueError(f"score_mean {card['score_mean']}, score_std {card['score_std']}")
-        in_short(card.get("failed", []))
+        for reasons in ("failed", "not_shown"):
+            in_short(card.get(reasons, []))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no reward card ({error!r}); train the reward model again") from error
     return card
@@ -240,10 +286,13 @@ def card_table(card: dict[str, Any]) -> str:
     if "sft_score_mean" in card:
         spread = f"standard deviation {card['sft_score_std']:.2f}"
         lines.append(row("score of SFT replies: mean", card["sft_score_mean"], spread))
-    lines += ["", "| broken reply | the good one wins | above the median SFT reply | prompts |", "|---|---|---|---|"]
-    above = card.get("probes_above_sft", {})
-    for kind, share in card["probes"].items():
-        mark = "" if share >= card["threshold"] else " exempt" if kind in card["exempt"] else " **failed**"
+    lines += ["", "| broken reply | the good one wins | 95% interval | prompts | above the median SFT reply |"]
+    lines.append("|---|---|---|---|---|")
+    above, intervals = card.get("probes_above_sft", {}), card.get("probes_ci95", {})
+    marks = {"passed": "", "exempt": " exempt", "not shown": " not shown", "failed": " **failed**"}
+    for kind, found in judge_probes(card).items():
+        interval = "{:.3f} to {:.3f}".format(*intervals[kind]) if kind in intervals else "-"
         beats = f"{above[kind]:.3f}" if kind in above else "-"
-        lines.append(f"| {kind} | {share:.3f}{mark} | {beats} | {card['probe_counts'][kind]} |")
+        share, count = card["probes"][kind], card["probe_counts"][kind]
+        lines.append(f"| {kind} | {share:.3f}{marks[found]} | {interval} | {count} | {beats} |")
     return "\n".join(lines)

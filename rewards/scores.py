@@ -126,11 +126,13 @@ def read_statistics(reward: SavedAdapter, allow_weak: bool) -> ScoreStatistics:
         weak = None
     if weak and not allow_weak:
         raise InputError(
-            f"{weak}; train it with reward_modeling.py on more data or with a higher --degenerate_ratio, or go on at your "
-            "own risk with --allow_weak_reward true"
+            f"{weak}; train it again with reward_modeling.py, on more data or with a higher --degenerate_ratio, or go on at "
+            "your own risk: the same rl_training.py command with --allow_weak_reward true"
         )
     if weak:
         say(f"warning: {weak}")
+    if card and card.get("not_shown"):
+        say(f"note: the reward card had too few prompts to tell: {in_short(card['not_shown'])}")
     if card is None:
         return ScoreStatistics()
     return ScoreStatistics(card["score_mean"], card["score_std"] or 1.0)

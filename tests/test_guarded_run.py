@@ -81,7 +81,8 @@ def test_a_reward_model_that_failed_its_card_is_refused(start, stages: Stages, t
         start()
     message = str(refused.value)
     assert "did not pass its reward card: probe empty 0.183 (wanted 0.95)" in message
-    assert "--allow_weak_reward true" in message
+    assert "the same rl_training.py command with --allow_weak_reward true" in message
+    assert "exempt_probes" not in message  # an argument of reward_modeling.py alone
     assert not (tmp_path / "ppo").exists()
 
 

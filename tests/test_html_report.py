@@ -263,7 +263,8 @@ def test_numbers_that_no_axis_reaches(tmp_path: Path) -> None:
 
 def test_reward_card_of_the_model_that_ppo_used(tmp_path: Path) -> None:
     reward = write_run(tmp_path / "reward", "reward")
-    probes = {"probes": {"empty": 1.0, "cut <b>": 0.25, "echo": 0.5}, "probe_counts": {"empty": 40}}
+    probes = {"probes": {"empty": 1.0, "cut <b>": 0.25, "echo": 0.5, "stock": 0.9, "tiny": 0.9}}
+    probes |= {"probe_counts": {"empty": 40}, "probes_ci95": {"stock": [0.6, 0.98], "tiny": [0.8, 0.94]}}
     verdict = {"passed": False, "threshold": 0.95, "exempt": ["echo"]}
     card = {"accuracy": 0.9, "accuracy_ci95": [0.85, 0.95], **probes, **verdict}
     Path(reward, "reward_card.json").write_text(json.dumps(card), encoding="utf-8")
@@ -278,13 +279,15 @@ def test_reward_card_of_the_model_that_ppo_used(tmp_path: Path) -> None:
         ["probes that do not decide", "echo"],
     ]
     assert probed[1:] == [
-        ["empty", " 1", "", "–", "40"],
-        ["cut <b>", " 0.25", "failed", "–", "–"],
-        ["echo", " 0.5", "exempt", "–", "–"],
+        ["empty", " 1", "", "–", "40", "–"],
+        ["cut <b>", " 0.25", "failed", "–", "–", "–"],
+        ["echo", " 0.5", "exempt", "–", "–", "–"],
+        ["stock", " 0.9", "not shown", "0.6 to 0.98", "–", "–"],
+        ["tiny", " 0.9", "failed", "0.8 to 0.94", "–", "–"],
     ]
 
 
-@pytest.mark.parametrize("part", ["threshold", "probes", "probe_counts", "probes_above_sft"])
+@pytest.mark.parametrize("part", ["threshold", "probes", "probe_counts", "probes_above_sft", "probes_ci95"])
 def test_a_reward_card_from_elsewhere_cannot_write_html(tmp_path: Path, part: str) -> None:
     """Texts in the place of numbers went into the page as they were, and its policy lets a script run."""
     reward = write_run(tmp_path / "reward", "reward")
@@ -293,6 +296,17 @@ def test_a_reward_card_from_elsewhere_cannot_write_html(tmp_path: Path, part: st
     Path(reward, "reward_card.json").write_text(json.dumps(card), encoding="utf-8")
     with pytest.raises(InputError, match=f"reward_card.json is no reward card: {part}.* is no number"):
         page_of(write_run(tmp_path / "ppo", arguments={"reward_model_lora_path": reward}))
+
+
+@pytest.mark.parametrize(
+    "wrong", [3, {"empty": 0.5}, {"empty": [0.5]}, {"empty": [0.5, "<b>"]}, {"empty": [0.1, 0.2, 0.3]}]
+)
+def test_intervals_from_elsewhere_are_two_numbers(tmp_path: Path, wrong: object) -> None:
+    reward = write_run(tmp_path / "reward", "reward")
+    card = {"probes": {"empty": 1.0}, "threshold": 0.95, "probes_ci95": wrong}
+    Path(reward, "reward_card.json").write_text(json.dumps(card), encoding="utf-8")
+    with pytest.raises(InputError, match=r"reward_card.json is no reward card: probes_ci95\S* is no number"):
+        page_of(reward)
 
 
 def test_records_side_by_side(tmp_path: Path) -> None:

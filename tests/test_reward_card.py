@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from rewards.reward_card import (
     card_table,
     fit_temperature,
     in_short,
+    judge_probes,
     length_correlation,
     length_only_accuracy,
     make_card,
@@ -26,10 +28,27 @@ from rewards.reward_card import (
     read_card,
     verdict,
 )
+from rewards.scores import read_statistics
 from utils.console import InputError
 from utils.files import write_json
 
-CARD = {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "probes": {"empty": 1.0, "cut_50": 0.94}}
+NO_PROBES = {"probes": {}, "probes_ci95": {}, "probe_counts": {}}
+CARD = {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], **NO_PROBES}
+
+
+def with_probes(card: dict, **won: tuple[int, int]) -> dict:
+    """The card with probes that were won on so many of so many prompts.
+
+    Each end of an interval solves (share - end)^2 = z^2 / count * end * (1 - end).
+    """
+    intervals = {}
+    for kind, (wins, count) in won.items():
+        z = 1.959964**2 / count
+        ends = np.roots([1 + z, -(2 * wins / count + z), (wins / count) ** 2])
+        intervals[kind] = sorted(float(end) for end in np.real(ends))
+    counts = {kind: count for kind, (_, count) in won.items()}
+    shares = {kind: wins / count for kind, (wins, count) in won.items()}
+    return {**card, "probes": shares, "probes_ci95": intervals, "probe_counts": counts}
 
 
 def test_accuracy_counts_a_tie_as_half() -> None:
@@ -131,6 +150,9 @@ def test_probes_by_hand() -> None:
     card, scores = probe(score, pairs, [[2], [6], [20]])
     assert card["probes"] == {"empty": 1.0, "blank": 0.5}
     assert card["probe_counts"] == {"empty": 2, "blank": 2}
+    # z^2 = 3.8415; of 2 of 2 the lower end is 2 / (2 + z^2); of 1 of 2 the ends are 0.5 -+ 0.5 * sqrt(z^2 / (2 + z^2))
+    assert card["probes_ci95"]["empty"] == pytest.approx([0.34237, 1.0], abs=1e-4)
+    assert card["probes_ci95"]["blank"] == pytest.approx([0.09453, 0.90547], abs=1e-4)
     assert card["probes_above_sft"] == {"empty": 0.0, "blank": 1.0}  # 7 is above the median, 6
     assert (card["sft_score_mean"], card["sft_replies"]) == (pytest.approx(28 / 3), 3)
     assert {name: values.tolist() for name, values in scores.items()} == {
@@ -146,11 +168,43 @@ def test_probes_by_hand() -> None:
 # ---- Verdict ----
 
 
-def test_a_probe_below_the_threshold_fails_and_is_named() -> None:
-    result = verdict(CARD)
+def test_a_probe_whose_interval_is_below_the_threshold_fails_and_is_named() -> None:
+    """90 of 100: (0.9 - 0.95)^2 is above z^2 / 100 * 0.95 * 0.05 = 0.0018, so the interval does not reach 0.95."""
+    result = verdict(with_probes(CARD, empty=(100, 100), cut_50=(90, 100)))
     assert result["passed"] is False
-    assert result["failed"] == ["probe cut_50 0.940 (wanted 0.95)"]
-    assert verdict({**CARD, "probes": {"empty": 0.95}})["passed"] is True
+    assert result["failed"] == ["probe cut_50 0.900 of 100 prompts (95% interval 0.826 to 0.945, wanted 0.95)"]
+    assert result["not_shown"] == []
+
+
+def test_a_probe_of_few_prompts_is_not_shown_and_fails_nothing() -> None:
+    """A newcomer's card failed on 21 of 23 prompts; a model that wins 0.96 of all gets no more in a fourth of the tries.
+
+    With this share, 0.037 below 0.95, it takes 3.8415 * 0.95 * 0.05 / 0.036957^2 = 133.6 prompts to tell.
+    """
+    result = verdict(with_probes(CARD, cut_50=(21, 23), echo=(20, 23)))
+    assert (result["passed"], result["failed"]) == (True, [])
+    assert result["not_shown"] == [
+        "probe cut_50 0.913 of 23 prompts (95% interval 0.732 to 0.976, wanted 0.95); with this share it takes 134 prompts "
+        "to tell",
+        # 3.8415 * 0.0475 / 0.080435^2 = 28.2
+        "probe echo 0.870 of 23 prompts (95% interval 0.679 to 0.955, wanted 0.95); with this share it takes 29 prompts "
+        "to tell",
+    ]
+    assert len(verdict(with_probes(CARD, cut_50=(19, 23)))["failed"]) == 1  # upper end 0.930
+
+
+def test_a_share_that_reaches_the_threshold_passes_however_wide_its_interval() -> None:
+    """23 of 23 have a lower end of 0.857, and nobody could do better on 23 prompts."""
+    result = verdict(with_probes(CARD, empty=(23, 23), blank=(1, 1), tiny=(19, 20)))
+    assert (result["passed"], result["failed"], result["not_shown"]) == (True, [], [])
+
+
+def test_one_function_judges_and_an_old_card_is_judged_by_its_shares() -> None:
+    card = with_probes({**CARD, "threshold": 0.95, "exempt": ["echo"]}, empty=(23, 23), cut_50=(21, 23), echo=(0, 23))
+    card["probes"]["tiny"], card["probes_ci95"]["tiny"] = 0.5, [0.3, 0.7]
+    assert judge_probes(card) == {"empty": "passed", "cut_50": "not shown", "echo": "exempt", "tiny": "failed"}
+    del card["probes_ci95"]
+    assert judge_probes(card) == {"empty": "passed", "cut_50": "failed", "echo": "exempt", "tiny": "failed"}
 
 
 def test_many_failures_are_told_in_short() -> None:
@@ -159,20 +213,27 @@ def test_many_failures_are_told_in_short() -> None:
 
 
 def test_an_exempt_probe_does_not_decide() -> None:
-    result = verdict(CARD, exempt=("cut_50",))
-    assert (result["passed"], result["exempt"]) == (True, ["cut_50"])
+    result = verdict(with_probes(CARD, empty=(100, 100), cut_50=(90, 100), echo=(21, 23)), exempt=("cut_50", "echo"))
+    assert (result["passed"], result["exempt"], result["not_shown"]) == (True, ["cut_50", "echo"], [])
 
 
 def test_accuracy_that_may_be_chance_fails() -> None:
-    result = verdict({"accuracy": 0.56, "accuracy_ci95": [0.49, 0.63], "probes": {}})
+    result = verdict({**CARD, "accuracy": 0.56, "accuracy_ci95": [0.49, 0.63]})
     assert result["failed"] == ["accuracy 0.560 on held-out pairs (95% interval 0.490 to 0.630) may be chance"]
 
 
 def test_accuracy_above_chance_by_a_hair_fails() -> None:
     """On many pairs 0.53 was surely no chance and passed, though nobody has seen PPO gain with so little."""
-    result = verdict({"accuracy": 0.53, "accuracy_ci95": [0.515, 0.545], "probes": {}})
+    result = verdict({**CARD, "accuracy": 0.53, "accuracy_ci95": [0.515, 0.545]})
     assert result["failed"] == ["accuracy 0.530 on held-out pairs (wanted 0.55)"]
-    assert verdict({"accuracy": 0.55, "accuracy_ci95": [0.535, 0.565], "probes": {}})["passed"] is True
+    assert verdict({**CARD, "accuracy": 0.55, "accuracy_ci95": [0.535, 0.565]})["passed"] is True
+
+
+def test_stage_3_goes_on_and_says_what_was_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    card = {"score_mean": 0.5, "score_std": 2.0, **verdict(with_probes(CARD, cut_50=(21, 23)))}
+    write_json(card, str(tmp_path), CARD_FILE)
+    assert read_statistics(SimpleNamespace(path=str(tmp_path)), allow_weak=False) == (0.5, 2.0)
+    assert "note: the reward card had too few prompts to tell: probe cut_50 0.913 of 23" in capsys.readouterr().err
 
 
 # ---- Files ----
@@ -183,30 +244,48 @@ def whole_card() -> dict:
     scores, lengths = generator.normal(size=(12, 2)), generator.integers(1, 30, (12, 2))
     evaluation = {f"eval_{name}": value for name, value in pair_measures(scores, lengths).items()}
     evaluation |= {"eval_accuracy": 0.8, "eval_accuracy_low": 0.7, "eval_accuracy_high": 0.9, "eval_loss": 0.5}
-    probed = {"probes": {"empty": 1.0, "cut_50": 0.9, "off_topic": 0.5}}
-    probed["probe_counts"] = dict.fromkeys(probed["probes"], 10)
+    probed = with_probes({}, empty=(10, 10), cut_50=(9, 10), off_topic=(5, 10), stock=(4, 10))
     return make_card(evaluation, scores, lengths, lengths, probed, exempt=("off_topic",))
 
 
 def test_a_card_takes_from_the_evaluation_what_that_has_measured() -> None:
     card = whole_card()
     assert (card["accuracy"], card["accuracy_ci95"], card["loss"]) == (0.8, [0.7, 0.9], 0.5)
-    assert (card["passed"], card["failed"]) == (False, ["probe cut_50 0.900 (wanted 0.95)"])
+    assert card["passed"] is False
+    assert [reason.split(" (")[0] for reason in card["failed"]] == ["probe stock 0.400 of 10 prompts"]
+    assert [reason.split(" (")[0] for reason in card["not_shown"]] == ["probe cut_50 0.900 of 10 prompts"]
 
 
 def test_the_table_shows_what_failed() -> None:
     lines = card_table(whole_card()).splitlines()
-    assert "| empty | 1.000 | - | 10 |" in lines
-    assert "| cut_50 | 0.900 **failed** | - | 10 |" in lines
-    assert "| off_topic | 0.500 exempt | - | 10 |" in lines
+    # of 10 of 10: 10 / (10 + 3.8415); of 5 of 10: 0.5 -+ 0.5 * sqrt(3.8415 / 13.8415)
+    assert "| empty | 1.000 | 0.722 to 1.000 | 10 | - |" in lines
+    assert "| off_topic | 0.500 exempt | 0.237 to 0.763 | 10 | - |" in lines
+    assert "| cut_50 | 0.900 not shown | 0.596 to 0.982 | 10 | - |" in lines
+    assert "| stock | 0.400 **failed** | 0.168 to 0.687 | 10 | - |" in lines
 
 
-def test_an_exempt_kind_is_grey_and_named() -> None:
+def test_the_card_of_an_older_version_is_shown_by_its_shares() -> None:
+    card = whole_card()
+    del card["probes_ci95"], card["not_shown"]
+    assert "| cut_50 | 0.900 **failed** | - | 10 | - |" in card_table(card).splitlines()
+
+
+def test_the_picture_shows_verdicts_prompts_and_intervals() -> None:
     """off_topic was red at 0.44 in the picture of a card that had passed."""
     left, _ = card_figure(whole_card(), {"good": np.ones(5)}).axes
     names, bars = left.get_yticklabels(), left.patches
     bars = {name.get_text(): to_hex(bar.get_facecolor()) for name, bar in zip(names, bars, strict=True)}
-    assert bars == {"off_topic (exempt)": "#8c8c8c", "cut_50": "#d55e00", "empty": "#0072b2"}
+    assert bars == {
+        "stock (failed, 10 prompts)": "#d55e00",
+        "off_topic (exempt, 10 prompts)": "#8c8c8c",
+        "cut_50 (not shown, 10 prompts)": "#e69f00",
+        "empty (10 prompts)": "#0072b2",
+    }
+    (lines,) = left.collections
+    found = [sorted(segment[:, 0].tolist()) for segment in lines.get_segments()]
+    wanted = [[0.1682, 0.6873], [0.2366, 0.7634], [0.5958, 0.9821], [0.7225, 1.0]]  # from the bottom upwards
+    assert np.array(found) == pytest.approx(np.array(wanted), abs=1e-4)
 
 
 def test_written_and_read(tmp_path: Path) -> None:
@@ -226,6 +305,7 @@ def test_written_and_read(tmp_path: Path) -> None:
         ("[]", "holds a list, not an object"),
         ('{"score_mean": 1}', "is no reward card"),
         ('{"score_mean": 1, "score_std": "x"}', "is no reward card"),
+        ('{"score_mean": 1, "score_std": 1, "not_shown": [1]}', "is no reward card"),
     ],
 )
 def test_a_file_that_is_no_card(tmp_path: Path, content: str, message: str) -> None:
