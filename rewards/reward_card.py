@@ -19,6 +19,7 @@ CARD_FILE = "reward_card.json"
 # Share of the held-out pairs; the least with which PPO still gained in docs/reference_runs/label_noise.md.
 MIN_ACCURACY = 0.55
 PROBE_THRESHOLD = 0.95  # share of the prompts where the good response has to beat the broken one, for each kind
+LENGTH_TELLS = 0.9  # from this accuracy of counting tokens alone, a model has to show on other pairs that it does more
 SAME_LENGTH = 0.1  # two responses are equally long when they differ by at most this share of the longer one
 SHORT_SHARE = 0.2  # the chosen responses up to this quantile of their lengths are the short good ones
 BINS = 10  # of the calibration error
@@ -72,10 +73,15 @@ def fit_temperature(margins: np.ndarray) -> float:
     return 1 / low
 
 
+def longer_wins(train_lengths: np.ndarray) -> bool:
+    """The rule of counting tokens alone: whether the longer response wins at least half of the training pairs, [M, 2]."""
+    difference = train_lengths[:, 0] - train_lengths[:, 1]
+    return bool((difference > 0).sum() >= (difference < 0).sum())
+
+
 def length_only_accuracy(train_lengths: np.ndarray, lengths: np.ndarray) -> float:
     """Accuracy of only counting tokens: the side (shorter or longer) that wins most training pairs always wins."""
-    difference = train_lengths[:, 0] - train_lengths[:, 1]
-    return accuracy(lengths if (difference > 0).sum() >= (difference < 0).sum() else -lengths)
+    return accuracy(lengths if longer_wins(train_lengths) else -lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,6 +117,23 @@ def accuracy_by_length(scores: np.ndarray, lengths: np.ndarray) -> dict[str, Any
     return {
         **{f"{name}_accuracy": accuracy(scores[rows]) if rows.any() else None for name, rows in sorts.items()},
         **{f"{name}_pairs": int(rows.sum()) for name, rows in sorts.items()},
+    }
+
+
+def against_length(scores: np.ndarray, lengths: np.ndarray, train_lengths: np.ndarray) -> dict[str, Any]:
+    """Accuracy, 95% interval and number of the pairs that the rule of `longer_wins` does not get right, and that rule.
+
+    Counting tokens alone gets at most half of them, those of equal length.  None where there are no such pairs.
+    """
+    longer = longer_wins(train_lengths)
+    difference = lengths[:, 0] - lengths[:, 1]
+    rows = difference <= 0 if longer else difference >= 0
+    share, count = (accuracy(scores[rows]), int(rows.sum())) if rows.any() else (None, 0)
+    return {
+        "length_rule": "longer" if longer else "shorter",
+        "against_length_accuracy": share,
+        "against_length_ci95": None if share is None else list(wilson_interval(share, count)),
+        "against_length_pairs": count,
     }
 
 
@@ -167,6 +190,7 @@ def make_card(
         "accuracy_ci95": [evaluation["eval_accuracy_low"], evaluation["eval_accuracy_high"]],
         "eval_pairs": len(scores),
         "length_only_accuracy": length_only_accuracy(train_lengths, lengths),
+        **against_length(scores, lengths, train_lengths),
         **accuracy_by_length(scores, lengths),
         "calibration_error": calibration_error(margins),
         "temperature": fit_temperature(margins),
@@ -206,11 +230,38 @@ def probe_in_words(card: Mapping[str, Any], kind: str) -> str:
     )
 
 
+def confounded(card: Mapping[str, Any]) -> str:
+    """What is wrong, in words, where the model may do no more than count tokens; empty where it does more.
+
+    Where counting tokens alone gets `LENGTH_TELLS` of the pairs, and the model is not surely better, the pairs that this
+    rule does not get right decide: of those it has to order more than half, with the whole interval.
+    """
+    if card["length_only_accuracy"] < max(LENGTH_TELLS, card["accuracy_ci95"][0]):
+        return ""
+    share, count = card["against_length_accuracy"], card["against_length_pairs"]
+    low, high = card["against_length_ci95"] or (0.0, 1.0)
+    if low > 0.5:
+        return ""
+    rule = card["length_rule"]
+    other = "shorter" if rule == "longer" else "longer"
+    what = "the model judges by length" if high < 0.5 else "the pairs cannot tell quality from length"
+    reason = f"counting tokens alone gets {card['length_only_accuracy']:.3f} of the held-out pairs, the model "
+    reason += f"{card['accuracy']:.3f}, and "
+    if share is None:
+        reason += f"in none of the {card['eval_pairs']} is the better reply not the {rule} one"
+    else:
+        interval = f"(95% interval {low:.3f} to {high:.3f})"
+        reason += f"{share:.3f} {interval} of the {count} whose better reply is not the {rule} one"
+    remedy = f"add pairs whose better reply is the {other} one, to a tenth of all or more, in training and held out"
+    return f"{what}: {reason}; {remedy}"
+
+
 def verdict(card: dict[str, Any], exempt: Sequence[str] = ()) -> dict[str, Any]:
     """`passed`, `threshold`, `exempt`, and in words `failed` and `not_shown`.
 
-    A model passes when its accuracy is at least MIN_ACCURACY with the whole interval above chance, and no probe that is not
-    exempt has failed.  What is not shown for lack of prompts is told and fails nothing.
+    A model passes when its accuracy is at least MIN_ACCURACY with the whole interval above chance, it is not `confounded`
+    with length, and no probe that is not exempt has failed.  What is not shown for lack of prompts is told and fails
+    nothing.
     """
     judged = judge_probes({**card, "threshold": PROBE_THRESHOLD, "exempt": exempt})
     failed, not_shown = [], []
@@ -220,6 +271,8 @@ def verdict(card: dict[str, Any], exempt: Sequence[str] = ()) -> dict[str, Any]:
         failed.append(f"accuracy {card['accuracy']:.3f} on held-out pairs {interval} may be chance")
     elif card["accuracy"] < MIN_ACCURACY:
         failed.append(f"accuracy {card['accuracy']:.3f} on held-out pairs (wanted {MIN_ACCURACY})")
+    elif reason := confounded(card):
+        failed.append(reason)
     for kind, found in judged.items():
         words = probe_in_words(card, kind) if found in ("failed", "not shown") else ""
         if found == "failed":
@@ -270,11 +323,17 @@ def card_table(card: dict[str, Any]) -> str:
         return f"| {name} | {'-' if value is None else f'{value:.3f}'} | {note} |"
 
     low, high = card["accuracy_ci95"]
+    against = ""  # in the card of an older version
+    if card.get("against_length_pairs") is not None:
+        against = f"{card['against_length_pairs']} pairs"
+        if card["against_length_ci95"]:
+            against = "95% interval {:.3f} to {:.3f}, ".format(*card["against_length_ci95"]) + against
     lines = [
         "| held-out pairs | | |",
         "|---|---|---|",
         row("accuracy", card["accuracy"], f"95% interval {low:.3f} to {high:.3f}, {card['eval_pairs']} pairs"),
         row("of counting tokens alone", card["length_only_accuracy"]),
+        *([row("of pairs against that", card["against_length_accuracy"], against)] if against else []),
         row("replies of equal length", card["length_matched_accuracy"], f"{card['length_matched_pairs']} pairs"),
         row("the shorter one is chosen", card["shorter_chosen_accuracy"], f"{card['shorter_chosen_pairs']} pairs"),
         row("the longer one is chosen", card["longer_chosen_accuracy"], f"{card['longer_chosen_pairs']} pairs"),

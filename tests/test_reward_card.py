@@ -15,6 +15,7 @@ from rewards.reward_card import (
     CARD_FILE,
     accuracy,
     accuracy_by_length,
+    against_length,
     calibration_error,
     card_table,
     fit_temperature,
@@ -33,7 +34,7 @@ from utils.console import InputError
 from utils.files import write_json
 
 NO_PROBES = {"probes": {}, "probes_ci95": {}, "probe_counts": {}}
-CARD = {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], **NO_PROBES}
+CARD = {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "length_only_accuracy": 0.5, **NO_PROBES}
 
 
 def with_probes(card: dict, **won: tuple[int, int]) -> dict:
@@ -128,10 +129,26 @@ def test_accuracy_by_length_by_hand() -> None:
     assert (measures["short_good_accuracy"], measures["short_good_pairs"]) == (0.0, 1)
 
 
+def test_pairs_against_the_rule_of_length_by_hand() -> None:
+    longer, shorter = np.array([[9, 5], [9, 5], [5, 9]]), np.array([[5, 9]])  # which side wins most training pairs
+    # of the pairs 10 10 and 5 20 and 19 20 the first and last are right
+    measures = against_length(SCORES, LENGTHS, longer)
+    assert (measures["length_rule"], measures["against_length_pairs"]) == ("longer", 3)
+    assert measures["against_length_accuracy"] == pytest.approx(2 / 3)
+    for end in measures["against_length_ci95"]:
+        assert abs(2 / 3 - end) == pytest.approx(1.959964 * (end * (1 - end) / 3) ** 0.5)
+    measures = against_length(SCORES, LENGTHS, shorter)  # 10 10 and 20 10
+    assert (measures["length_rule"], measures["against_length_pairs"]) == ("shorter", 2)
+    assert measures["against_length_accuracy"] == 1.0
+
+
 def test_measures_of_sorts_that_are_not_there() -> None:
     measures = accuracy_by_length(np.array([[1.0, 0.0]]), np.array([[9, 3]]))
     assert measures["shorter_chosen_accuracy"] is None
     assert measures["shorter_chosen_pairs"] == 0
+    measures = against_length(np.array([[1.0, 0.0]]), np.array([[9, 3]]), np.array([[9, 3]]))
+    assert (measures["against_length_accuracy"], measures["against_length_ci95"]) == (None, None)
+    assert measures["against_length_pairs"] == 0
 
 
 def test_probes_by_hand() -> None:
@@ -229,6 +246,72 @@ def test_accuracy_above_chance_by_a_hair_fails() -> None:
     assert verdict({**CARD, "accuracy": 0.55, "accuracy_ci95": [0.535, 0.565]})["passed"] is True
 
 
+# ---- Length ----
+
+
+def card_of_pairs(lengths: list[tuple[int, int]], margins: list[float]) -> dict:
+    """The card, without probes, of a model with these margins on held-out pairs, of which the training pairs are a copy."""
+    lengths = np.array(lengths)
+    scores = np.stack([margins, np.zeros(len(margins))], axis=1)
+    evaluation = {f"eval_{name}": value for name, value in pair_measures(scores, lengths).items()}
+    return make_card(evaluation | {"eval_loss": 0.3}, scores, lengths, lengths, NO_PROBES, exempt=())
+
+
+@pytest.mark.parametrize(("rule", "other", "pair"), [("longer", "shorter", (30, 9)), ("shorter", "longer", (9, 30))])
+def test_pairs_that_cannot_tell_quality_from_length_fail_with_a_remedy(rule: str, other: str, pair: tuple) -> None:
+    """Accuracy 1.000 where counting tokens alone gave 1.000, and no better reply was the other one: the card just passed."""
+    card = card_of_pairs([pair] * 24, [1.0] * 24)
+    assert card["passed"] is False
+    assert card["failed"] == [
+        "the pairs cannot tell quality from length: counting tokens alone gets 1.000 of the held-out pairs, the model "
+        f"1.000, and in none of the 24 is the better reply not the {rule} one; add pairs whose better reply is the {other} "
+        "one, to a tenth of all or more, in training and held out"
+    ]
+
+
+def test_few_pairs_against_length_do_not_tell_either() -> None:
+    """3 of 3 has a lower end of 3 / (3 + 3.8415) = 0.439."""
+    (reason,) = card_of_pairs([(30, 9)] * 97 + [(9, 30)] * 3, [1.0] * 100)["failed"]
+    assert reason.startswith(
+        "the pairs cannot tell quality from length: counting tokens alone gets 0.970 of the held-out pairs, the model "
+        "1.000, and 1.000 (95% interval 0.439 to 1.000) of the 3 whose better reply is not the longer one; add pairs"
+    )
+
+
+def test_a_model_that_judges_by_length_is_told_so() -> None:
+    """92 of 100 are as the rule says; of the 8 others it orders none: the upper end is 3.84 / 11.84 = 0.324."""
+    (reason,) = card_of_pairs([(30, 9)] * 92 + [(9, 30)] * 8, [1.0] * 92 + [-1.0] * 8)["failed"]
+    assert reason.startswith(
+        "the model judges by length: counting tokens alone gets 0.920 of the held-out pairs, the model 0.920, and 0.000 "
+        "(95% interval 0.000 to 0.324) of the 8 whose better reply is not the longer one; add pairs"
+    )
+
+
+def test_enough_pairs_against_length_show_that_a_model_does_more() -> None:
+    """Of 10 against the rule 9 are right: the lower end of 9 of 10 is 0.596.  Replies of equal length are such pairs too."""
+    lengths = [(30, 9)] * 90 + [(9, 30)] * 6 + [(20, 20)] * 4
+    card = card_of_pairs(lengths, [1.0] * 80 + [-1.0] * 11 + [1.0] * 9)
+    assert (card["accuracy"], card["length_only_accuracy"]) == (0.89, 0.92)
+    assert (card["against_length_accuracy"], card["against_length_pairs"]) == (0.9, 10)
+    assert card["against_length_ci95"] == pytest.approx([0.5958, 0.9821], abs=1e-4)
+    assert card["passed"] is True
+
+
+def test_honest_pairs_whose_better_reply_is_mostly_longer_pass() -> None:
+    """The longer one is better in 70%, and the model is no better than counting tokens: nothing says that it counts."""
+    card = card_of_pairs([(30, 9)] * 70 + [(9, 30)] * 30, [1.0] * 50 + [-1.0] * 20 + [1.0] * 20 + [-1.0] * 10)
+    assert (card["accuracy"], card["length_only_accuracy"], card["passed"]) == (0.7, 0.7, True)
+
+
+def test_a_model_that_is_surely_better_than_counting_tokens_passes() -> None:
+    """960 of 1000 have a lower end of 0.946, counting tokens gets 0.920; of the 80 others, where it gets none, half."""
+    card = card_of_pairs([(30, 9)] * 920 + [(9, 30)] * 80, [1.0] * 960 + [-1.0] * 40)
+    assert (card["against_length_accuracy"], card["passed"]) == (0.5, True)
+
+
+# ---- Stage 3 ----
+
+
 def test_stage_3_goes_on_and_says_what_was_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     card = {"score_mean": 0.5, "score_std": 2.0, **verdict(with_probes(CARD, cut_50=(21, 23)))}
     write_json(card, str(tmp_path), CARD_FILE)
@@ -257,7 +340,9 @@ def test_a_card_takes_from_the_evaluation_what_that_has_measured() -> None:
 
 
 def test_the_table_shows_what_failed() -> None:
-    lines = card_table(whole_card()).splitlines()
+    card = whole_card()
+    lines = card_table(card).splitlines()
+    assert f"| of pairs against that | {card['against_length_accuracy']:.3f} | 95% interval" in "\n".join(lines)
     # of 10 of 10: 10 / (10 + 3.8415); of 5 of 10: 0.5 -+ 0.5 * sqrt(3.8415 / 13.8415)
     assert "| empty | 1.000 | 0.722 to 1.000 | 10 | - |" in lines
     assert "| off_topic | 0.500 exempt | 0.237 to 0.763 | 10 | - |" in lines
@@ -267,7 +352,8 @@ def test_the_table_shows_what_failed() -> None:
 
 def test_the_card_of_an_older_version_is_shown_by_its_shares() -> None:
     card = whole_card()
-    del card["probes_ci95"], card["not_shown"]
+    for name in ("probes_ci95", "not_shown", "against_length_accuracy", "against_length_ci95", "against_length_pairs"):
+        del card[name]
     assert "| cut_50 | 0.900 **failed** | - | 10 | - |" in card_table(card).splitlines()
 
 
