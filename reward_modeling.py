@@ -50,7 +50,16 @@ from lora.sharding import check_state_dict, is_sharded, whole_parameters
 from reporting.plots import draw_card
 from reporting.trackers import show_card
 from rewards.broken_replies import KINDS, TRAIN_WEIGHT, broken_pairs
-from rewards.reward_card import CARD_FILE, card_table, in_short, make_card, pair_measures, probe
+from rewards.reward_card import (
+    CARD_FILE,
+    card_table,
+    hardly_learned,
+    in_short,
+    make_card,
+    pair_measures,
+    pairs_table,
+    probe,
+)
 from rewards.reward_model import ensemble_score, member_folders, member_scores, new_reward_model
 from rollout.distribution import check_output_logits, default_sampling
 from rollout.sampler import generate_ids
@@ -462,11 +471,12 @@ def write_card(
     pairs: Pairs,
     sft: SavedAdapter | None,
     data: RewardDataArguments,
+    lora_r: int,
     stop_ids: tuple[int, ...],
 ) -> None:
     """Measure the model that was trained and saved; the first process writes, draws and prints its reward card.
 
-    sft: adapter whose responses are scored too; stop_ids: of `stop_token_ids`, what ends those.
+    sft: adapter whose responses are scored too; lora_r: the rank; stop_ids: of `stop_token_ids`, what ends those responses.
     """
     args = trainer.args
     prediction = trainer.predict(pairs.evaluation, metric_key_prefix="eval")
@@ -478,16 +488,21 @@ def write_card(
         return
     probed |= {"ensemble_size": args.ensemble_size, "ensemble_penalty": args.ensemble_penalty}
     evaluated = prediction.predictions, prediction.label_ids, pairs.train_lengths
-    card = make_card(prediction.metrics, *evaluated, probed, data.exempt)
+    trained = (
+        f"after {trainer.state.global_step} optimizer steps at learning rate {args.learning_rate:g}, rank {lora_r}"
+    )
+    card = make_card(prediction.metrics, *evaluated, probed, data.exempt, trained)
     write_json(card, args.output_dir, CARD_FILE)
     scores |= {"chosen": prediction.predictions[:, 0], "rejected": prediction.predictions[:, 1]}
     draw_card(card, scores, args.output_dir)
     for callback in trainer.callback_handler.callbacks:
         show_card(callback, card, args.output_dir, trainer.state.global_step)
-    say(card_table(card))
-    if card["not_shown"]:
-        say("too few prompts to tell, which fails nothing: " + in_short(card["not_shown"]))
+    # a model that has not learned fails most probes, and a wall of those would hide why
+    unlearnt = hardly_learned(card) and not card["passed"]
+    say(pairs_table(card) if unlearnt else card_table(card))
     say("the reward model " + ("passed" if card["passed"] else "FAILED: " + in_short(card["failed"])))
+    if card["not_shown"] and not unlearnt:
+        say("too few prompts to tell, which fails nothing: " + in_short(card["not_shown"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -587,7 +602,7 @@ def main() -> None:
     # ---- Save ----
     trainer.save_model()
     trainer.accelerator.wait_for_everyone()
-    write_card(trainer, pairs, sft, data_args, stop_ids)
+    write_card(trainer, pairs, sft, data_args, lora_args.lora_r, stop_ids)
     say(f"reward adapter: {training_args.output_dir}")
 
 

@@ -20,6 +20,8 @@ CARD_FILE = "reward_card.json"
 MIN_ACCURACY = 0.55
 PROBE_THRESHOLD = 0.95  # share of the prompts where the good response has to beat the broken one, for each kind
 LENGTH_TELLS = 0.9  # from this accuracy of counting tokens alone, a model has to show on other pairs that it does more
+# A model hardly learned whose held-out loss is so near to log 2 = 0.693, that of equal scores, with scores so equal.
+UNLEARNT_LOSS, UNLEARNT_STD = 0.68, 0.1
 SAME_LENGTH = 0.1  # two responses are equally long when they differ by at most this share of the longer one
 SHORT_SHARE = 0.2  # the chosen responses up to this quantile of their lengths are the short good ones
 BINS = 10  # of the calibration error
@@ -177,12 +179,14 @@ def make_card(
     train_lengths: np.ndarray,
     probed: dict[str, Any],
     exempt: Sequence[str],
+    trained: str,
 ) -> dict[str, Any]:
     """The card, with its verdict.
 
     evaluation: the Trainer's metrics of the held-out pairs, eval_loss and those of `pair_measures`; scores, lengths: of the
     same pairs; train_lengths: of the training pairs, int [M, 2]; probed: from `probe`, and whatever else is to be in the
-    card; exempt: kinds of broken responses that do not decide.
+    card; exempt: kinds of broken responses that do not decide; trained: steps, learning rate and rank in words, for the
+    reason of a model that hardly learned.
     """
     margins = scores[:, 0] - scores[:, 1]
     card = {
@@ -197,7 +201,7 @@ def make_card(
         **{name: evaluation[f"eval_{name}"] for name in ("score_mean", "score_std", "length_correlation", "loss")},
         **probed,
     }
-    return card | verdict(card, exempt)
+    return card | verdict(card, exempt, trained)
 
 
 def judge_probes(card: Mapping[str, Any]) -> dict[str, str]:
@@ -256,15 +260,20 @@ def confounded(card: Mapping[str, Any]) -> str:
     return f"{what}: {reason}; {remedy}"
 
 
-def verdict(card: dict[str, Any], exempt: Sequence[str] = ()) -> dict[str, Any]:
+def hardly_learned(card: Mapping[str, Any]) -> bool:
+    """Whether the training left the scores of all responses about equal."""
+    return card["loss"] > UNLEARNT_LOSS and card["score_std"] < UNLEARNT_STD
+
+
+def verdict(card: dict[str, Any], exempt: Sequence[str], trained: str) -> dict[str, Any]:
     """`passed`, `threshold`, `exempt`, and in words `failed` and `not_shown`.
 
     A model passes when its accuracy is at least MIN_ACCURACY with the whole interval above chance, it is not `confounded`
     with length, and no probe that is not exempt has failed.  What is not shown for lack of prompts is told and fails
-    nothing.
+    nothing.  Where a model that failed has hardly learned, that is the first reason, and its probes are one.
     """
     judged = judge_probes({**card, "threshold": PROBE_THRESHOLD, "exempt": exempt})
-    failed, not_shown = [], []
+    failed, failed_probes, not_shown = [], [], []
     low, high = card["accuracy_ci95"]
     if low <= 0.5:
         interval = f"(95% interval {low:.3f} to {high:.3f})"
@@ -276,10 +285,19 @@ def verdict(card: dict[str, Any], exempt: Sequence[str] = ()) -> dict[str, Any]:
     for kind, found in judged.items():
         words = probe_in_words(card, kind) if found in ("failed", "not shown") else ""
         if found == "failed":
-            failed.append(words)
+            failed_probes.append(words)
         elif found == "not shown":
             needed = prompts_to_tell(card["probes"][kind], PROBE_THRESHOLD)
             not_shown.append(f"{words}; with this share it takes {needed} prompts to tell")
+    if hardly_learned(card) and (failed or failed_probes):
+        found = f"its loss on held-out pairs is {card['loss']:.3f}, equal scores give 0.693, and its scores have a standard "
+        found += f"deviation of {card['score_std']:.3f}"
+        remedy = "most likely the learning rate is too low or the steps are too few: raise --learning_rate, "
+        remedy += "--num_train_epochs or --max_steps, and then --lora_r"
+        failed.insert(0, f"the model has hardly learned {trained}: {found}; {remedy}")
+        if failed_probes:
+            failed_probes = [f"{len(failed_probes)} of {len(judged)} probes failed"]
+    failed += failed_probes
     return {
         "passed": not failed,
         "threshold": PROBE_THRESHOLD,
@@ -317,7 +335,12 @@ def read_card(folder: str) -> dict[str, Any] | None:
 
 
 def card_table(card: dict[str, Any]) -> str:
-    """The card as a Markdown table."""
+    """The card as two Markdown tables."""
+    return f"{pairs_table(card)}\n\n{probes_table(card)}"
+
+
+def pairs_table(card: dict[str, Any]) -> str:
+    """What the card says about pairs and SFT replies, as a Markdown table."""
 
     def row(name: str, value: float | None, note: str = "") -> str:
         return f"| {name} | {'-' if value is None else f'{value:.3f}'} | {note} |"
@@ -345,7 +368,12 @@ def card_table(card: dict[str, Any]) -> str:
     if "sft_score_mean" in card:
         spread = f"standard deviation {card['sft_score_std']:.2f}"
         lines.append(row("score of SFT replies: mean", card["sft_score_mean"], spread))
-    lines += ["", "| broken reply | the good one wins | 95% interval | prompts | above the median SFT reply |"]
+    return "\n".join(lines)
+
+
+def probes_table(card: dict[str, Any]) -> str:
+    """What the card says about broken replies, as a Markdown table."""
+    lines = ["| broken reply | the good one wins | 95% interval | prompts | above the median SFT reply |"]
     lines.append("|---|---|---|---|---|")
     above, intervals = card.get("probes_above_sft", {}), card.get("probes_ci95", {})
     marks = {"passed": "", "exempt": " exempt", "not shown": " not shown", "failed": " **failed**"}

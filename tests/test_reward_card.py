@@ -34,7 +34,19 @@ from utils.console import InputError
 from utils.files import write_json
 
 NO_PROBES = {"probes": {}, "probes_ci95": {}, "probe_counts": {}}
-CARD = {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "length_only_accuracy": 0.5, **NO_PROBES}
+CARD = {
+    "accuracy": 0.8,
+    "accuracy_ci95": [0.7, 0.9],
+    "length_only_accuracy": 0.5,
+    "loss": 0.5,
+    "score_std": 1.0,
+    **NO_PROBES,
+}
+TRAINED = "after 20 optimizer steps at learning rate 1e-05, rank 8"
+
+
+def judged(card: dict, exempt: tuple[str, ...] = ()) -> dict:
+    return verdict(card, exempt, TRAINED)
 
 
 def with_probes(card: dict, **won: tuple[int, int]) -> dict:
@@ -187,7 +199,7 @@ def test_probes_by_hand() -> None:
 
 def test_a_probe_whose_interval_is_below_the_threshold_fails_and_is_named() -> None:
     """90 of 100: (0.9 - 0.95)^2 is above z^2 / 100 * 0.95 * 0.05 = 0.0018, so the interval does not reach 0.95."""
-    result = verdict(with_probes(CARD, empty=(100, 100), cut_50=(90, 100)))
+    result = judged(with_probes(CARD, empty=(100, 100), cut_50=(90, 100)))
     assert result["passed"] is False
     assert result["failed"] == ["probe cut_50 0.900 of 100 prompts (95% interval 0.826 to 0.945, wanted 0.95)"]
     assert result["not_shown"] == []
@@ -198,7 +210,7 @@ def test_a_probe_of_few_prompts_is_not_shown_and_fails_nothing() -> None:
 
     With this share, 0.037 below 0.95, it takes 3.8415 * 0.95 * 0.05 / 0.036957^2 = 133.6 prompts to tell.
     """
-    result = verdict(with_probes(CARD, cut_50=(21, 23), echo=(20, 23)))
+    result = judged(with_probes(CARD, cut_50=(21, 23), echo=(20, 23)))
     assert (result["passed"], result["failed"]) == (True, [])
     assert result["not_shown"] == [
         "probe cut_50 0.913 of 23 prompts (95% interval 0.732 to 0.976, wanted 0.95); with this share it takes 134 prompts "
@@ -207,12 +219,12 @@ def test_a_probe_of_few_prompts_is_not_shown_and_fails_nothing() -> None:
         "probe echo 0.870 of 23 prompts (95% interval 0.679 to 0.955, wanted 0.95); with this share it takes 29 prompts "
         "to tell",
     ]
-    assert len(verdict(with_probes(CARD, cut_50=(19, 23)))["failed"]) == 1  # upper end 0.930
+    assert len(judged(with_probes(CARD, cut_50=(19, 23)))["failed"]) == 1  # upper end 0.930
 
 
 def test_a_share_that_reaches_the_threshold_passes_however_wide_its_interval() -> None:
     """23 of 23 have a lower end of 0.857, and nobody could do better on 23 prompts."""
-    result = verdict(with_probes(CARD, empty=(23, 23), blank=(1, 1), tiny=(19, 20)))
+    result = judged(with_probes(CARD, empty=(23, 23), blank=(1, 1), tiny=(19, 20)))
     assert (result["passed"], result["failed"], result["not_shown"]) == (True, [], [])
 
 
@@ -230,20 +242,20 @@ def test_many_failures_are_told_in_short() -> None:
 
 
 def test_an_exempt_probe_does_not_decide() -> None:
-    result = verdict(with_probes(CARD, empty=(100, 100), cut_50=(90, 100), echo=(21, 23)), exempt=("cut_50", "echo"))
+    result = judged(with_probes(CARD, empty=(100, 100), cut_50=(90, 100), echo=(21, 23)), exempt=("cut_50", "echo"))
     assert (result["passed"], result["exempt"], result["not_shown"]) == (True, ["cut_50", "echo"], [])
 
 
 def test_accuracy_that_may_be_chance_fails() -> None:
-    result = verdict({**CARD, "accuracy": 0.56, "accuracy_ci95": [0.49, 0.63]})
+    result = judged({**CARD, "accuracy": 0.56, "accuracy_ci95": [0.49, 0.63]})
     assert result["failed"] == ["accuracy 0.560 on held-out pairs (95% interval 0.490 to 0.630) may be chance"]
 
 
 def test_accuracy_above_chance_by_a_hair_fails() -> None:
     """On many pairs 0.53 was surely no chance and passed, though nobody has seen PPO gain with so little."""
-    result = verdict({**CARD, "accuracy": 0.53, "accuracy_ci95": [0.515, 0.545]})
+    result = judged({**CARD, "accuracy": 0.53, "accuracy_ci95": [0.515, 0.545]})
     assert result["failed"] == ["accuracy 0.530 on held-out pairs (wanted 0.55)"]
-    assert verdict({**CARD, "accuracy": 0.55, "accuracy_ci95": [0.535, 0.565]})["passed"] is True
+    assert judged({**CARD, "accuracy": 0.55, "accuracy_ci95": [0.535, 0.565]})["passed"] is True
 
 
 # ---- Length ----
@@ -254,7 +266,7 @@ def card_of_pairs(lengths: list[tuple[int, int]], margins: list[float]) -> dict:
     lengths = np.array(lengths)
     scores = np.stack([margins, np.zeros(len(margins))], axis=1)
     evaluation = {f"eval_{name}": value for name, value in pair_measures(scores, lengths).items()}
-    return make_card(evaluation | {"eval_loss": 0.3}, scores, lengths, lengths, NO_PROBES, exempt=())
+    return make_card(evaluation | {"eval_loss": 0.3}, scores, lengths, lengths, NO_PROBES, (), TRAINED)
 
 
 @pytest.mark.parametrize(("rule", "other", "pair"), [("longer", "shorter", (30, 9)), ("shorter", "longer", (9, 30))])
@@ -309,11 +321,42 @@ def test_a_model_that_is_surely_better_than_counting_tokens_passes() -> None:
     assert (card["against_length_accuracy"], card["passed"]) == (0.5, True)
 
 
+# ---- A model that hardly learned ----
+
+UNLEARNT = {**CARD, "loss": 0.692, "score_std": 0.0049}
+THIRTEEN = dict.fromkeys([f"kind{number}" for number in range(13)], (5, 55))
+
+
+def test_a_model_that_hardly_learned_is_told_why_before_its_probes() -> None:
+    """A stranger saw 13 failed probes, and not that the learning rate had been far too low for 20 steps."""
+    card = with_probes({**UNLEARNT, "accuracy_ci95": [0.45, 0.9]}, **THIRTEEN, empty=(55, 55))
+    assert judged(card)["failed"] == [
+        "the model has hardly learned after 20 optimizer steps at learning rate 1e-05, rank 8: its loss on held-out "
+        "pairs is 0.692, equal scores give 0.693, and its scores have a standard deviation of 0.005; most likely the "
+        "learning rate is too low or the steps are too few: raise --learning_rate, --num_train_epochs or --max_steps, and "
+        "then --lora_r",
+        "accuracy 0.800 on held-out pairs (95% interval 0.450 to 0.900) may be chance",
+        "13 of 14 probes failed",
+    ]
+
+
+@pytest.mark.parametrize("learnt", [{"loss": 0.66}, {"score_std": 0.11}])
+def test_the_probes_of_a_model_that_learned_are_named_one_by_one(learnt: dict) -> None:
+    """Noisy pairs keep the loss near 0.69 however much was learned, but then the scores differ."""
+    failed = judged(with_probes({**UNLEARNT, **learnt}, **THIRTEEN))["failed"]
+    assert [reason.split(" (")[0] for reason in failed] == [f"probe {kind} 0.091 of 55 prompts" for kind in THIRTEEN]
+
+
+def test_small_scores_alone_fail_nothing() -> None:
+    """What they order well they order well: stage 3 divides them by their standard deviation."""
+    assert judged(with_probes(UNLEARNT, empty=(55, 55)))["failed"] == []
+
+
 # ---- Stage 3 ----
 
 
 def test_stage_3_goes_on_and_says_what_was_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    card = {"score_mean": 0.5, "score_std": 2.0, **verdict(with_probes(CARD, cut_50=(21, 23)))}
+    card = {"score_mean": 0.5, "score_std": 2.0, **judged(with_probes(CARD, cut_50=(21, 23)))}
     write_json(card, str(tmp_path), CARD_FILE)
     assert read_statistics(SimpleNamespace(path=str(tmp_path)), allow_weak=False) == (0.5, 2.0)
     assert "note: the reward card had too few prompts to tell: probe cut_50 0.913 of 23" in capsys.readouterr().err
@@ -328,7 +371,7 @@ def whole_card() -> dict:
     evaluation = {f"eval_{name}": value for name, value in pair_measures(scores, lengths).items()}
     evaluation |= {"eval_accuracy": 0.8, "eval_accuracy_low": 0.7, "eval_accuracy_high": 0.9, "eval_loss": 0.5}
     probed = with_probes({}, empty=(10, 10), cut_50=(9, 10), off_topic=(5, 10), stock=(4, 10))
-    return make_card(evaluation, scores, lengths, lengths, probed, exempt=("off_topic",))
+    return make_card(evaluation, scores, lengths, lengths, probed, ("off_topic",), TRAINED)
 
 
 def test_a_card_takes_from_the_evaluation_what_that_has_measured() -> None:

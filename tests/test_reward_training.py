@@ -206,6 +206,21 @@ def test_training_on_broken_replies_cures_the_gap(train, tmp_path: Path) -> None
     assert any(reason.startswith("probe empty") for reason in plain["failed"])
 
 
+def test_a_model_that_hardly_learned_is_told_so_without_a_wall_of_probes(
+    train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = card_of(train("unlearnt", learning_rate=1e-7, max_steps=2, lora_r=3, probe_prompts=4))
+    assert card["failed"][0].startswith(
+        "the model has hardly learned after 2 optimizer steps at learning rate 1e-07, rank 3: its loss"
+    )
+    assert len(card["probes"]) > 10
+    told = capsys.readouterr().err
+    assert "the reward model FAILED: the model has hardly learned after 2 optimizer steps" in told
+    assert "| accuracy |" in told
+    assert "| broken reply |" not in told
+    assert "too few prompts" not in told
+
+
 def test_the_card_says_how_sft_replies_score(train, base: str, tmp_path: Path) -> None:
     sft = save_sft(base, tmp_path / "sft")
     card = card_of(train("reward", sft_model_lora_path=sft, output_max_length=12, probe_prompts=5))
