@@ -33,10 +33,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from corpus.chat_template import generation_stop_ids
+from corpus.chat_template import generation_stop_ids, plain_chat_template
+from corpus.formats import Prompt, as_turns
+from corpus.tokens import encode_prompt
 from lora.adapters import POLICY, SavedAdapter, attach_adapter, check_adapter, read_adapter
 from lora.base_model import bare_layer, load_base, load_tokenizer
 from lora.heads import add_hidden_state_fn, add_score_head, score_fn
+from reporting.model_card import write_model_card
 from rewards.reward_model import member_folders
 from runs.run_files import run_record
 from utils.arguments import DEFAULT_TEMPLATE, ModelArguments, check_new_folder, parse_arguments
@@ -50,6 +53,15 @@ PROBES = (
     "问：苹果好吃吗？\n\n答：",
     "What is the capital of France?",
     "The cat sat on the mat, and the dog ran away.",
+)
+# Dialogues on which a chat template has to give the ids that the toolkit gives.
+DIALOGUES: tuple[Prompt, ...] = (
+    *PROBES,
+    " a line\n\nand another \n",
+    [
+        {"role": role, "content": text}
+        for role, text in zip(("system", "user", "assistant", "user"), PROBES, strict=True)
+    ],
 )
 # Largest difference allowed, as a share of the largest logit or score.  In 16 bits every merged weight is rounded once
 # more than base and adapter were, and the layers add that up.
@@ -204,6 +216,38 @@ def to_classifier(
     return shell.eval()
 
 
+def add_chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Let the tokenizer write dialogues in the prompt `template` of the adapter; a chat template of its own is kept.
+
+    Says in one line where messages are not what the adapter was trained on.
+    """
+    if template in (None, "chat"):
+        return
+    if tokenizer.chat_template:
+        say(
+            f"note: the tokenizer's own chat template is kept, but the adapter was trained with the prompt template "
+            f"{template!r}; write prompts in that one"
+        )
+        return
+    apart, whole = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
+    place = next((place for place in range(len(whole)) if whole[place : place + len(apart)] == apart), 0)
+    front = "".join(tokenizer.convert_ids_to_tokens(whole[:place]))
+    # SentencePiece puts a space in front of a text, but not behind a special token
+    for start in (front, f"{front} "):
+        tokenizer.chat_template = plain_chat_template(template, start)
+        if all(
+            tokenizer.apply_chat_template(as_turns(prompt), add_generation_prompt=True)["input_ids"]
+            == encode_prompt(prompt, template, tokenizer)
+            for prompt in DIALOGUES
+        ):
+            return
+    tokenizer.chat_template = None
+    say(
+        f"note: no chat template gives this tokenizer's ids of the prompt template {template!r}, so there is none; write "
+        "prompts in that one"
+    )
+
+
 def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -260,13 +304,16 @@ def main() -> None:
         merged = to_classifier(merged, tokenizer, args.trust_remote_code)
 
     # ---- Save ----
+    add_chat_template(tokenizer, args.prompt_template)
     with folder_when_done(target) as folder:
         save_model(merged, tokenizer, args, adapter.run.get("stop_token_ids", ()), folder)
         del base, model, merged  # the saved model is loaded next: memory for one is enough
         difference = largest_difference(
             expected, saved_outputs(folder, args.as_classifier, args.trust_remote_code), dtype
         )
-        write_json({**record, "largest_difference": difference}, folder, "run.json")
+        record["largest_difference"] = difference
+        write_json(record, folder, "run.json")
+        write_model_card(folder, record)
     say(
         f"largest difference between base + adapter and the saved model: {difference:.1e} of the largest output "
         f"({dtype})\nmerged model: {args.output_dir}"

@@ -493,6 +493,7 @@ def write_card(
     )
     card = make_card(prediction.metrics, *evaluated, probed, data.exempt, trained)
     write_json(card, args.output_dir, CARD_FILE)
+    trainer.accelerator.unwrap_model(trainer.model).create_or_update_model_card(args.output_dir)
     scores |= {"chosen": prediction.predictions[:, 0], "rejected": prediction.predictions[:, 1]}
     draw_card(card, scores, args.output_dir)
     for callback in trainer.callback_handler.callbacks:

@@ -39,6 +39,49 @@ def chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_g
         ) from error
 
 
+# What `format_prompt` writes of a dialogue.  Text is in expressions alone, which white space control does not touch.
+PLAIN_CHAT_TEMPLATE = """
+{{- FRONT -}}
+{%- if tools -%}{{ tools | tojson }}{{ BLANK_LINE }}{%- endif -%}
+{%- for message in messages -%}
+    {%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}
+        {{- raise_exception('no role ' ~ message['role'] ~ ': only system, user, assistant and tool can be written') -}}
+    {%- endif -%}
+    {%- set text = namespace(all='') -%}
+    {%- if message['content'] is string -%}
+        {%- set text.all = message['content'] -%}
+    {%- elif message['content'] -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] != 'text' -%}{{- raise_exception('only text can be written') -}}{%- endif -%}
+            {%- set text.all = text.all ~ part['text'] -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- if message['role'] == 'user' -%}
+        {{- BEFORE ~ text.all ~ BEHIND -}}
+    {%- elif message['role'] != 'system' or text.all.strip() -%}
+        {{- text.all -}}
+        {%- if message['tool_calls'] -%}
+            {{- NEW_LINE if text.all else '' -}}{{- message['tool_calls'] | tojson -}}
+        {%- endif -%}
+        {{- eos_token if loop.last and message['role'] == 'assistant' and not add_generation_prompt else BLANK_LINE -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+
+def plain_chat_template(template: str, front: str) -> str:
+    """A chat template that writes a dialogue as a prompt `template` with {prompt} does.
+
+    front: the text of the special tokens in front of any prompt, which a tokenizer does not add to a chat.  A reply at the
+    end of a dialogue gets the token that closes it, unless another one is asked for.
+    """
+    before, behind = template.split("{prompt}")
+    written = {"FRONT": front, "BEFORE": before, "BEHIND": behind, "BLANK_LINE": "\n\n", "NEW_LINE": "\n"}
+    # in quotes of JSON, which Jinja reads alike; a mark of Jinja in the text is none in there
+    texts = [f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} -%}}" for name, text in written.items()]
+    return "\n".join(texts) + PLAIN_CHAT_TEMPLATE.rstrip()
+
+
 def fix_date(
     tokenizer: PreTrainedTokenizerBase, template: str, given: str | None, runs: Iterable[dict[str, Any]]
 ) -> str | None:

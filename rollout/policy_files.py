@@ -38,12 +38,12 @@ class PolicyFiles:
     def write(self, folder: str, state: dict[str, Tensor]) -> None:
         """All that a later stage or a resumed run needs.  state: from `gather`."""
         os.makedirs(folder, exist_ok=True)
+        write_json(self.memory(), folder, STATE_FILE)  # the model card, which comes next, tells of it
         model = self.unwrapped()
         adapters = [name for name in (POLICY, CRITIC) if name in model.peft_config]
         model.save_pretrained(folder, state_dict=state, selected_adapters=adapters)
         save_value_head(state, folder)
         self.tokenizer.save_pretrained(folder)
-        write_json(self.memory(), folder, STATE_FILE)
 
     def load(self, folder: str) -> dict[str, Any]:
         """Fill policy adapter, critic and value head from such a folder; returns what PPO had to remember."""

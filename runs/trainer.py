@@ -6,6 +6,7 @@ or gradients are not finite changes nothing, and too many of them in a row end t
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -28,9 +29,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from reporting.model_card import write_model_card
 from runs.checkpoints import UNFINISHED, flush, seal
 from utils.console import InputError, Preempted, RunError, is_main_process, say
-from utils.files import append_jsonl, saving
+from utils.files import append_jsonl, read_json_object, saving
 
 NONFINITE_FILE = "nonfinite.jsonl"
 LOWER_THE_RATE = (
@@ -100,6 +102,10 @@ class _StepEnds(TrainerCallback):
         self.trainer.end_step(control)
 
 
+def _write_card(output_dir: str, folder: str) -> None:
+    write_model_card(folder, read_json_object(os.path.join(output_dir, "run.json")), output_dir)
+
+
 class ResumableTrainer(Trainer):
     """A Trainer that can be killed, stopped and resumed at any moment.  To be put in front of another Trainer's class."""
 
@@ -108,6 +114,8 @@ class ResumableTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(_StepEnds(self))
+        # PEFT writes an empty card into each folder that it saves
+        self.model.create_or_update_model_card = functools.partial(_write_card, self.args.output_dir)
         self.stop_signals = StopSignals()
         self.stopped_by = 0  # number of the signal, once all processes know it
         self.resumed_from: str | None = None
@@ -277,6 +285,9 @@ class ResumableTrainer(Trainer):
         super()._save_rng_state(output_dir)
         with open(self._loop_file(output_dir), "w", encoding="utf-8") as file:
             json.dump(self.loop_state(), file)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL would write a card of its own into the output folder with each checkpoint."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with saving(output_dir or self.args.output_dir):

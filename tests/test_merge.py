@@ -27,6 +27,8 @@ from utils.arguments import LoraArguments, ModelArguments
 from utils.console import InputError, run_script
 
 CAUSAL_FILES = {
+    "README.md",
+    "chat_template.jinja",
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -134,7 +136,8 @@ def test_classifier_equals_our_scores(stages, tmp_path, merge):
     before = contents(stages.reward)
     output = tmp_path / "judge"
     merge(stages.base, stages.reward, output, "--as_classifier")
-    assert set(contents(output)) == CAUSAL_FILES - {"generation_config.json"}
+    # no run.json, so no prompt template that a chat template could write
+    assert set(contents(output)) == CAUSAL_FILES - {"generation_config.json", "chat_template.jinja"}
     assert contents(stages.reward) == before
     check_classifier(output, toolkit_scores(stages), pad_token="<pad>")
 
