@@ -153,6 +153,7 @@ def test_the_policy_waits_while_the_values_warm_up(stages: Stages, tmp_path: Pat
     assert max(row["kl_max"] for row in noted) < 1e-3  # that of the third iteration is from before its update
     weight = trainer.args.value_coef
     assert [row["loss"] for row in noted[:2]] == pytest.approx([weight * row["value_loss"] for row in noted[:2]])
+    assert noted[2]["loss"] != pytest.approx(weight * noted[2]["value_loss"], rel=1e-3)  # then the policy's is in it
 
 
 def test_a_resumed_run_with_a_critic_is_the_run(

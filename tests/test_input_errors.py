@@ -490,7 +490,7 @@ CASES = [  # name, script, changes, message (paths and regular expression)
         "failed reward card",
         "ppo",
         {"reward_model_lora_path": "{card_failed}", "allow_weak_reward": None},
-        r"{card_failed} did not pass its reward card: probe empty 0.1; train it with",
+        r"{card_failed} did not pass its reward card: probe empty 0.1; train it again with",
     ),
     (
         "no reward card",

@@ -146,9 +146,8 @@ def test_processes_that_accelerate_did_not_start_are_missed(tmp_path, monkeypatc
     ],
 )
 def test_a_stage_says_how_much_a_step_takes(capsys, monkeypatch, stage, line):
-    batch, passes = (12, 1) if stage == "ppo" else (3, 4)
     monkeypatch.setattr(os, "environ", {})
-    args = SimpleNamespace(per_device_train_batch_size=batch, gradient_accumulation_steps=passes, world_size=2)
+    args = SimpleNamespace(batch_size=12, per_device_train_batch_size=3, gradient_accumulation_steps=4, world_size=2)
     start.say_processes(stage, args)
     assert capsys.readouterr().err == f"processes: 2; {line}\n"
 
