@@ -21,6 +21,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -79,12 +80,12 @@ def install_trl(folder: Path) -> None:
         subprocess.run(command, check=True)
 
 
-def run_side(side: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """What benchmarks/ppo_sides.py found, in a process of its own."""
+def run_side(side: str, folder: Path, args: argparse.Namespace, more: Sequence[str] = ()) -> dict[str, Any]:
+    """What benchmarks/ppo_sides.py found, in a process of its own.  more: arguments of rl_training.py."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"OMP_NUM_THREADS": str(args.threads), "TRL_FOLDER": str(args.output_dir.resolve() / "trl")}
     command = [sys.executable, "-m", "benchmarks.ppo_sides", side, str(folder)]
-    command += ["--iterations", str(args.iterations), "--threads", str(args.threads)]
+    command += ["--iterations", str(args.iterations), "--threads", str(args.threads), *more]
     result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")

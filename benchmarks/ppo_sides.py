@@ -1,12 +1,13 @@
-"""One side of benchmarks/ppo_iteration.py in a process of its own: real PPO iterations on given shapes, timed by phase.
+"""One side of a comparison in a process of its own: real PPO iterations on given shapes, timed by phase.
 
-    python -m benchmarks.ppo_sides ours FOLDER          this toolkit: rl_training.main() with its usual arguments
+    python -m benchmarks.ppo_sides ours FOLDER          this toolkit: what rl_training.py makes of its usual arguments
     python -m benchmarks.ppo_sides profile FOLDER       the same under torch's profiler
     python -m benchmarks.ppo_sides trl FOLDER           TRL's PPOTrainer as it comes, from the folder that TRL_FOLDER names
     python -m benchmarks.ppo_sides trl_tuned FOLDER     the same with less to train and nothing computed twice
     python -m benchmarks.ppo_sides rate FOLDER          matrix products alone
 
-FOLDER is what `make_inputs` wrote.  The last line of the output is a JSON object.
+FOLDER is what `make_inputs` wrote.  The last line of the output is a JSON object.  Both sides compute in float32 on a CPU,
+and in bfloat16 on a GPU, where there is one.
 
 A model with random weights hardly ever draws EOS, so both sides are told where each reply ends, by the prompt: ours through
 the uniform number that picks the token (EOS has id 0, so 0 picks it), TRL through a logits processor of generate().
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 
+DEVICE, PRECISION = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 EOS, PAD, UNKNOWN = 0, 1, 2
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 
@@ -48,6 +50,7 @@ class Shapes:
     lora_r: int = 4
     prompts: tuple[int, int] = (64, 64)  # shortest and longest
     replies: tuple[int, int] = (64, 64)  # where the two are the same, no reply ends with EOS
+    tied: bool = True  # one matrix for input and output embedding
 
     def lengths(self) -> list[tuple[int, int]]:
         """Tokens of prompt and reply of each row."""
@@ -84,12 +87,16 @@ def make_inputs(folder: Path, shapes: Shapes) -> None:
         intermediate_size=shapes.feed_forward,
         vocab_size=shapes.vocabulary,
         max_position_embeddings=max(2048, shapes.prompts[1] + shapes.replies[1]),
-        tie_word_embeddings=True,
+        tie_word_embeddings=shapes.tied,
         bos_token_id=None,
         eos_token_id=EOS,
         pad_token_id=PAD,
+        dtype=PRECISION,
     )
-    base = LlamaForCausalLM(config)
+    torch.set_default_dtype(PRECISION)
+    with torch.device(DEVICE):  # billions of random numbers take minutes on a CPU
+        base = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
     base.save_pretrained(folder / "base")
     lora = {"r": shapes.lora_r, "lora_alpha": 2 * shapes.lora_r, "target_modules": TARGETS}
     sft = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora))
@@ -130,6 +137,8 @@ class Phases:
 
     def enter(self, name: str) -> None:
         """Begin `name`; "generate" begins an iteration too, and "end" ends one."""
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()  # it works on while Python is ahead
         now = time.perf_counter()
         if name == "generate":
             self.iterations.append({})
@@ -146,15 +155,17 @@ class Phases:
         self.enter(then)
 
 
-def ours(folder: Path, iterations: int) -> dict[str, Any]:
-    """Iterations of stage 3."""
+def ours(folder: Path, iterations: int, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Iterations of stage 3, what was planned to be held, and the metrics of the first.  more: further arguments."""
     from lora.adapters import read_adapter
     from lora.base_model import load_base, load_tokenizer
     from rewards.scores import ScoreStatistics
     from rl_training import PPOArguments, build_trainer, read_prompts
     from rollout import sampler
+    from runs.memory_plan import ppo_plan
     from utils.arguments import DataArguments, ModelArguments, choose_precision, parse_arguments
     from utils.console import keep_freed_memory
+    from utils.files import read_jsonl
 
     keep_freed_memory()  # as run_script() does
     shapes, rows = read_inputs(folder)
@@ -174,12 +185,13 @@ def ours(folder: Path, iterations: int) -> dict[str, Any]:
         "disable_tqdm": "true",
         "output_dir": folder / f"ours-{os.getpid()}",
     }
-    words = [word for name, value in arguments.items() for word in (f"--{name}", f"{value}")]
+    words = [*(word for name, value in arguments.items() for word in (f"--{name}", f"{value}")), *more]
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, PPOArguments), words)
     dtype = choose_precision(model_args, args)
     tokenizer = load_tokenizer(model_args)
     adapters = [read_adapter(str(folder / name), f"--{name}") for name in ("sft", "reward")]
     prompts = read_prompts(data_args, args, model_args.prompt_template, tokenizer)
+    plan = ppo_plan(model_args, args, *adapters, dtype)
     trainer = build_trainer(
         args, load_base(model_args, dtype), tokenizer, (EOS,), *adapters, prompts, ScoreStatistics()
     )
@@ -212,7 +224,8 @@ def ours(folder: Path, iterations: int) -> dict[str, Any]:
     sampler.uniform_streams = streams  # replies of the lengths that were asked for
     trainer.collector.generate, trainer.update, trainer.finish = timed_generate, timed_update, timed_finish
     trainer.train()
-    return {"iterations": phases.iterations}
+    first = read_jsonl(f"{args.output_dir}/metrics.jsonl")[0]
+    return {"iterations": phases.iterations, "planned_bytes": plan.peak, "first": first}
 
 
 def profiled(folder: Path, iterations: int) -> dict[str, Any]:
@@ -291,7 +304,9 @@ def trl(folder: Path, iterations: int, tuned: bool = False) -> dict[str, Any]:
     plain_generation, plain_forward = ppo_trainer.batch_generation, ppo_trainer.forward
 
     def generation(model: Any, queries: torch.Tensor, *rest: Any) -> Any:
-        ends = torch.tensor([lengths[tuple(i for i in row if i != PAD)] for row in queries.tolist()])
+        ends = torch.tensor(
+            [lengths[tuple(i for i in row if i != PAD)] for row in queries.tolist()], device=queries.device
+        )
         plain = model.generate
         processors = LogitsProcessorList([EndAt(ends, queries.shape[1])])
         model.generate = functools.partial(plain, logits_processor=processors)
@@ -312,7 +327,7 @@ def trl(folder: Path, iterations: int, tuned: bool = False) -> dict[str, Any]:
     ppo_trainer.batch_generation, ppo_trainer.forward = generation, forward
     tokenizer = AutoTokenizer.from_pretrained(folder / "base", padding_side="left")
     lora = {"r": shapes.lora_r, "lora_alpha": 2 * shapes.lora_r, "target_modules": TARGETS}
-    options = {"dtype": torch.float32}
+    options = {"dtype": PRECISION}
     policy = AutoModelForCausalLM.from_pretrained(folder / "base", **options)
     reward, value = (
         AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1, **options) for _ in range(2)
@@ -335,9 +350,9 @@ def trl(folder: Path, iterations: int, tuned: bool = False) -> dict[str, Any]:
         stop_token="eos",
         num_sample_generations=0,
         save_strategy="no",
-        bf16=False,
+        bf16=DEVICE == "cuda",
         gradient_checkpointing=not tuned,
-        use_cpu=True,
+        use_cpu=DEVICE == "cpu",
         disable_tqdm=True,
         report_to=[],
     )
@@ -360,20 +375,35 @@ def trl(folder: Path, iterations: int, tuned: bool = False) -> dict[str, Any]:
 
 
 def rate(folder: Path, _: int) -> dict[str, Any]:
-    """Floating-point operations a second of float32 matrix products in the shapes of this model, the best of them."""
+    """Floating-point operations a second of matrix products in the shapes of this model, the best of them.
+
+    On a GPU the bytes a second of a copy too, read and written.
+    """
     shapes, _ = read_inputs(folder)
     tokens = shapes.mini_batch * (shapes.prompts[1] + shapes.replies[1])
     pairs = [(shapes.hidden, shapes.feed_forward), (shapes.feed_forward, shapes.hidden), (shapes.hidden, shapes.hidden)]
     best = 0.0
     for inner, outer in pairs:
-        left, right = torch.randn(tokens, inner), torch.randn(outer, inner)
-        for _ in range(3):
-            count, started = 0, time.perf_counter()
-            while time.perf_counter() - started < 1.0:
-                torch.nn.functional.linear(left, right)
-                count += 1
-            best = max(best, 2 * tokens * inner * outer * count / (time.perf_counter() - started))
-    return {"rate": best}
+        left, right = (torch.randn(rows, inner, device=DEVICE, dtype=PRECISION) for rows in (tokens, outer))
+        product = functools.partial(torch.nn.functional.linear, left, right)
+        best = max(best, *(2 * tokens * inner * outer * times_a_second(product) for _ in range(3)))
+    found = {"rate": best}
+    if DEVICE == "cuda":
+        large = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+        found["bandwidth"] = 2 * len(large) * times_a_second(large.clone)
+    return found
+
+
+def times_a_second(work: Callable[[], Any]) -> float:
+    """How often it can be done in a second, over one second."""
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 1.0:
+        for _ in range(10 if DEVICE == "cuda" else 1):  # a GPU is to be asked for more before it has finished
+            work()
+            count += 1
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+    return count / (time.perf_counter() - started)
 
 
 SIDES: dict[str, Callable[[Path, int], dict[str, Any]]] = {
@@ -391,12 +421,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     torch.set_num_threads(args.threads)
-    result = SIDES[args.side](args.folder, args.iterations)
-    # Not ru_maxrss, which starts with what the parent held.
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    if more and args.side != "ours":
+        parser.error(f"{args.side} takes no {more[0]}")
+    result = SIDES[args.side](args.folder, args.iterations, *([more] if more else []))
+    if DEVICE == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        # Not ru_maxrss, which starts with what the parent held.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     print(json.dumps({**result, "peak_bytes": peak}))
 
 
