@@ -387,6 +387,7 @@ def test_the_page_about_functions(stages: Stages, tmp_path: Path, monkeypatch: p
         ("sum_rules", "my_rules"), [block for block in found if block[0] == "python"], strict=True
     ):
         (tmp_path / f"{module}.py").write_text(text, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, module, raising=False)  # another test's of this name
     rows = [json.loads(blocks["json"]), *({"prompt": f"{n} + 1 =", "answer": n + 1} for n in range(9))]
     write_rows(tmp_path / "sums.jsonl", rows)
     monkeypatch.setattr(sys, "path", list(sys.path))

@@ -205,7 +205,7 @@ def test_an_end_that_the_reply_spells_out_is_not_doubled_and_is_told(capsys: pyt
     spelled, clean = tokenize_sft(Dataset.from_list(rows), "chat", tokenizer, 100)
     query = len([label for label in clean["labels"] if label == -100])
     assert spelled["labels"][query:] == clean["labels"][query:]
-    assert "1 of the SFT examples hold <end_of_turn> as text" in capsys.readouterr().err
+    assert "1 of the training SFT examples hold <end_of_turn> as text" in capsys.readouterr().err
 
 
 # ---- Sampling ----
