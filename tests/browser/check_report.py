@@ -224,7 +224,7 @@ def test_words_of_a_picture_can_be_searched_and_selected(browser: Browser, pages
     browser.open(pages["one"])
     browser.run("getSelection().collapse(document.querySelector('.chart figcaption'))")
     assert browser.run("find('iteration') && getSelection().anchorNode.parentNode.closest('svg').ariaLabel") == (
-        "score"
+        "raw score"
     )
 
 
