@@ -13,18 +13,22 @@ import json
 import os
 import re
 import sys
+import unicodedata
+import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime, time
 from typing import Any
+from xml.etree.ElementTree import ParseError
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from corpus.formats import KNOWN_COLUMNS, prompt_reader
+from corpus.formats import KNOWN_COLUMNS, REPLY_COLUMNS, are_turns, from_json, is_turn, prompt_reader
 from utils.arguments import DataArguments
 from utils.console import InputError, one_line, say
 from utils.hashing import in_share
@@ -33,9 +37,10 @@ Row = dict[str, Any]
 
 PLAIN_FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 FILE_FORMATS = (*PLAIN_FORMATS, ".parquet", ".xlsx", *(f"{suffix}.gz" for suffix in PLAIN_FORMATS))
+MAYBE_TURNS = ("prompt", "response", "completion", "chosen", "rejected")  # columns of texts or of dialogues
 SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
 SPLITS |= {"dev": "validation", "eval": "validation"}
-# What datasets, pyarrow, pandas and gzip raise for names, splits and content.
+# What datasets, pyarrow, openpyxl and gzip raise for names, splits and content.
 READ_ERRORS = (
     OSError,
     EOFError,
@@ -45,6 +50,8 @@ READ_ERRORS = (
     RuntimeError,
     AttributeError,
     zlib.error,
+    zipfile.BadZipFile,
+    ParseError,
     csv.Error,
     pa.ArrowException,
     DatasetGenerationError,
@@ -72,11 +79,20 @@ class Rows:
         return Rows(self.column_names, [self.rows[index] for index in indices])
 
 
-class _Anything:
-    """Holds every name."""
+def plain(column: str) -> str:
+    """A column's name without what people do not see as a difference: case, spaces around it, ü in one sign or in two."""
+    return unicodedata.normalize("NFC", column.strip()).casefold()
 
-    def __contains__(self, name: object) -> bool:
-        return True
+
+@dataclass(frozen=True)
+class Known:
+    """The names of columns to read: those that are `wanted`, by their plain names, and with `others` every other one."""
+
+    wanted: frozenset[str]
+    others: bool = False
+
+    def __contains__(self, column: str) -> bool:
+        return self.others or plain(column) in self.wanted
 
 
 def suffix_of(name: str) -> str:
@@ -97,7 +113,7 @@ def read_dataset(
     columns: what the columns are called here -> in the data set; no others are read then.  all_columns: keep the others too.
     Raises InputError when there is no such thing, it cannot be parsed, a column is missing, or it has no rows.
     """
-    known = _Anything() if all_columns else KNOWN_COLUMNS if columns is None else frozenset(columns.values())
+    known = Known(KNOWN_COLUMNS if columns is None else frozenset(map(plain, columns.values())), all_columns)
     try:
         rows = _read(name, split, data_dir, known)
     except READ_ERRORS as error:
@@ -109,10 +125,10 @@ def read_dataset(
         raise InputError(f"cannot read the dataset {name}: {reason}; check the name, or correct the file") from error
     if len(rows) == 0:
         raise InputError(f"the dataset {name} has no rows; give one that has")
-    return rows if columns is None else _rename(name, rows, columns, all_columns)
+    return _with_turns(name, _rename(name, rows, columns, all_columns))
 
 
-def _read(name: str, split: str, data_dir: str | None, known: Container[str]) -> Rows:
+def _read(name: str, split: str, data_dir: str | None, known: Known) -> Rows:
     suffix = suffix_of(name)
     if os.path.isfile(name):
         if suffix not in FILE_FORMATS:
@@ -130,7 +146,7 @@ def _read(name: str, split: str, data_dir: str | None, known: Container[str]) ->
     return _of_arrow(load_dataset(name, data_dir=data_dir, split=split), known)
 
 
-def _of_arrow(rows: Dataset, known: Container[str]) -> Rows:
+def _of_arrow(rows: Dataset, known: Known) -> Rows:
     rows.data.validate(full=True)  # pyarrow takes any bytes for text, and fails when a row is read
     kept = [column for column in rows.column_names if column in known]
     return Rows(rows.column_names, rows.select_columns(kept) if kept else [{}] * len(rows))
@@ -176,7 +192,7 @@ def _split_named(path: str) -> str | None:
     return next((SPLITS[word] for word in words if word in SPLITS), None)
 
 
-def read_files(paths: Sequence[str], known: Container[str]) -> Rows:
+def read_files(paths: Sequence[str], known: Known) -> Rows:
     """The rows of files one behind the other.  Raises InputError that names the file and the place in it."""
     columns: dict[str, None] = {}
     rows: list[Row] = []
@@ -187,7 +203,7 @@ def read_files(paths: Sequence[str], known: Container[str]) -> Rows:
         if suffix == ".parquet":
             found: Iterable[Row] = _parquet_rows(path, known, columns)
         elif suffix == ".xlsx":
-            found = _excel_rows(path, columns)
+            found = _excel_rows(path, known, columns)
         else:
             with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
                 found = list(PLAIN_READERS[suffix](path, file, known, columns))
@@ -195,7 +211,7 @@ def read_files(paths: Sequence[str], known: Container[str]) -> Rows:
     return Rows(list(columns), rows)
 
 
-def _parquet_rows(path: str, known: Container[str], columns: dict[str, None]) -> list[Row]:
+def _parquet_rows(path: str, known: Known, columns: dict[str, None]) -> list[Row]:
     file = pq.ParquetFile(path)
     names = file.schema_arrow.names
     columns.update(dict.fromkeys(names))
@@ -204,39 +220,71 @@ def _parquet_rows(path: str, known: Container[str], columns: dict[str, None]) ->
     return table.to_pylist()
 
 
-def _excel_rows(path: str, columns: dict[str, None]) -> list[Row]:
+def _excel_rows(path: str, known: Known, columns: dict[str, None]) -> Iterator[Row]:
+    """The first sheet.  A cell is what it holds as text: 7.5, True, 2021-05-01; how Excel shows it is not in there."""
     try:
-        import openpyxl  # noqa: F401  what pandas reads .xlsx with
-        import pandas as pd
+        import openpyxl
     except ImportError as error:
         raise InputError(
             f"{path} is an Excel table, for which openpyxl is missing; pip install -r requirements-excel.txt, or save "
             "the sheet as .csv"
         ) from error
-    table = pd.read_excel(path, dtype=str, keep_default_na=False)
-    columns.update(dict.fromkeys(map(str, table.columns)))
-    return table.to_dict("records")
+    sheets = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets
+    if len(sheets) > 1:
+        say(f"note: {path} has {len(sheets)} sheets; the first one, {sheets[0].title}, is read")
+    lines = ([_cell(value) for value in line] for line in sheets[0].iter_rows(values_only=True))
+    names = next(lines, [])
+    _check_names(path, names, known, columns)
+    return (dict(zip(names, line, strict=False)) for line in lines if any(line))
 
 
-def _json_lines(path: str, file: Any, known: Container[str], columns: dict[str, None]) -> Iterator[Row]:
+def _cell(value: Any) -> str:
+    if isinstance(value, datetime) and value.time() == time():
+        value = value.date()
+    return "" if value is None else str(value)
+
+
+def _json_lines(path: str, file: Any, known: Known, columns: dict[str, None]) -> Iterator[Row]:
     for number, line in enumerate(file, 1):
         if line.strip():
             yield _json_object(path, f"line {number}", line, known, columns)
 
 
-def _json_file(path: str, file: Any, known: Container[str], columns: dict[str, None]) -> Iterator[Row]:
-    """An array of objects, one object, or JSON lines under another name."""
+def _json_file(path: str, file: Any, known: Known, columns: dict[str, None]) -> Iterator[Row]:
+    """An array of objects, also under a key of its own, one object, or JSON lines under another name."""
     content = file.read().removeprefix(codecs.BOM_UTF8)
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
         yield from _json_lines(path, io.BytesIO(content), known, columns)
         return
+    if isinstance(value, dict):
+        value = _unwrap(path, value, known)
     for number, element in enumerate(value if isinstance(value, list) else [value], 1):
         yield _check_object(path, f"element {number}", element, known, columns)
 
 
-def _json_object(path: str, place: str, line: bytes, known: Container[str], columns: dict[str, None]) -> Row:
+def _unwrap(path: str, value: Row, known: Known) -> Row | list[Row]:
+    """The one list of rows in an object, as in {"data": [...]}; the object itself where it is a row."""
+    lists = {name: part for name, part in value.items() if _are_rows(part)}
+    if not lists or any(plain(name) in known.wanted for name in value.keys() - lists.keys()):
+        return value
+    if len(lists) > 1:
+        found = ", ".join(f"{name} ({len(part)})" for name, part in lists.items())
+        raise InputError(f"{path} holds several lists of rows: {found}; save each as a file of its own")
+    ((name, rows),) = lists.items()
+    others = ", ".join(other for other in value if other != name)
+    say(f"note: the {len(rows)} rows of {path} are those under {name}" + (f"; not read: {others}" if others else ""))
+    return rows
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether this is a list of objects that are not the turns of a dialogue."""
+    objects = bool(value) and isinstance(value, list) and all(isinstance(part, dict) for part in value)
+    return objects and not any(is_turn(part) and ("content" in part or "value" in part) for part in value)
+
+
+def _json_object(path: str, place: str, line: bytes, known: Known, columns: dict[str, None]) -> Row:
     try:
         value = json.loads(line.removeprefix(codecs.BOM_UTF8), object_pairs_hook=_only_once)
     except (ValueError, RecursionError) as error:
@@ -255,7 +303,7 @@ def _only_once(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
-def _check_object(path: str, place: str, value: Any, known: Container[str], columns: dict[str, None]) -> Row:
+def _check_object(path: str, place: str, value: Any, known: Known, columns: dict[str, None]) -> Row:
     if not isinstance(value, dict):
         raise InputError(
             f"cannot read the dataset {path}: {place} holds {type(value).__name__}, not an object with the columns; "
@@ -273,7 +321,7 @@ def _check_object(path: str, place: str, value: Any, known: Container[str], colu
     return row
 
 
-def _table(path: str, file: Any, known: Container[str], columns: dict[str, None]) -> Iterator[Row]:
+def _table(path: str, file: Any, known: Known, columns: dict[str, None]) -> Iterator[Row]:
     """A .csv or .tsv: every field is text.  A .csv whose first line has no comma may be cut by semicolons or tabs."""
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -283,10 +331,7 @@ def _table(path: str, file: Any, known: Container[str], columns: dict[str, None]
     mark = next((mark for mark in marks if mark in first), marks[0])
     lines = csv.reader(text, delimiter=mark, strict=True)
     names = next(lines, [])
-    twice = [name for name, count in Counter(names).items() if count > 1 and name in known]
-    if twice:
-        raise InputError(f"cannot read the dataset {path}: its first line names {twice[0]} twice; rename one")
-    columns.update(dict.fromkeys(names))
+    _check_names(path, names, known, columns)
     for fields in lines:
         if len(fields) > len(names):
             raise InputError(
@@ -297,7 +342,15 @@ def _table(path: str, file: Any, known: Container[str], columns: dict[str, None]
             yield dict(zip(names, [*fields, *[None] * (len(names) - len(fields))], strict=True))
 
 
-def _text_lines(path: str, file: Any, known: Container[str], columns: dict[str, None]) -> Iterator[Row]:
+def _check_names(path: str, names: list[str], known: Known, columns: dict[str, None]) -> None:
+    """Note the columns of a table's first line.  Raises InputError when one that is read is there twice."""
+    twice = [name for name, count in Counter(names).items() if name and count > 1 and name in known]
+    if twice:
+        raise InputError(f"cannot read the dataset {path}: its first line names {twice[0]} twice; rename one")
+    columns.update((name, None) for name in names if name)
+
+
+def _text_lines(path: str, file: Any, known: Known, columns: dict[str, None]) -> Iterator[Row]:
     """A prompt a line."""
     columns["prompt"] = None
     for line in io.TextIOWrapper(file, encoding="utf-8-sig"):
@@ -313,19 +366,71 @@ PLAIN_READERS = {
 }
 
 
-def _rename(name: str, rows: Rows, columns: dict[str, str], all_columns: bool) -> Rows:
-    """The rows under the names of --columns; whatever is not named there is left out, or keeps its name."""
-    missing = [theirs for theirs in columns.values() if theirs not in rows.column_names]
+def _rename(name: str, rows: Rows, columns: dict[str, str] | None, all_columns: bool) -> Rows:
+    """The rows under the names of --columns, or under those that the formats know.
+
+    With --columns whatever is not named there is left out, or keeps its name.
+    """
+    if columns is None:
+        # functions that judge replies get what stands beside a prompt by its own name
+        wanted = KNOWN_COLUMNS - REPLY_COLUMNS if all_columns else KNOWN_COLUMNS
+        known = {_column(name, column, rows.column_names): column for column in sorted(wanted)}
+        ours = {column: known.get(column, column) for column in rows.column_names}
+        if all(new == column for column, new in ours.items()):
+            return rows
+        return Rows(list(ours.values()), [{ours[column]: value for column, value in row.items()} for row in rows])
+    own = {ours: _column(name, theirs, rows.column_names) for ours, theirs in columns.items()}
+    missing = [columns[ours] for ours, theirs in own.items() if theirs is None]
     if missing:
         raise InputError(
             f"--columns names {missing[0]}, which the dataset {name} does not have; found {', '.join(rows.column_names)}"
         )
-    unused = [column for column in rows.column_names if column not in columns.values()]
+    unused = [column for column in rows.column_names if column not in own.values()]
     if all_columns:
-        columns = {**{column: column for column in unused}, **columns}
+        own = {**{column: column for column in unused}, **own}
     elif unused:
         say(f"note: columns of {name} that are not used: {', '.join(unused)}")
-    return Rows(list(columns), [{ours: row.get(theirs) for ours, theirs in columns.items()} for row in rows])
+    return Rows(list(own), [{ours: row.get(theirs) for ours, theirs in own.items()} for row in rows])
+
+
+def _column(name: str, wanted: str, found: list[str]) -> str | None:
+    """The column that is called so, or else the one that is but for case and spaces.  Raises InputError where two are."""
+    if wanted in found:
+        return wanted
+    alike = [column for column in found if plain(column) == plain(wanted)]
+    if len(alike) > 1:
+        raise InputError(
+            f"the dataset {name} has {len(alike)} columns {wanted} that differ in case or spaces alone: "
+            f"{', '.join(map(repr, alike))}; rename one, or choose with --columns"
+        )
+    return alike[0] if alike else None
+
+
+def _with_turns(name: str, rows: Rows) -> Rows:
+    """The rows with turns in the place of JSON text, in columns that hold nothing but dialogues.
+
+    One text among others that looks like a dialogue stays a text: somebody asked for it.
+    """
+    found = [column for column in rows.column_names if column in MAYBE_TURNS and _all_turns(rows, column)]
+    if not found:
+        return rows
+    say(f"note: {', '.join(found)} of {name} hold dialogues as JSON text; they are read as turns")
+    return Rows(
+        rows.column_names, [{**row, **{column: from_json(row.get(column)) for column in found}} for row in rows]
+    )
+
+
+def _all_turns(rows: Rows, column: str) -> bool:
+    """Whether all that the column holds is dialogues as JSON text."""
+    found = False
+    for row in rows:
+        value = row.get(column)
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str) or not are_turns(from_json(value)):
+            return False
+        found = True
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

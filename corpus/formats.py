@@ -3,9 +3,12 @@
 Whatever changes what is asked is kept: system, history, input, tools, and the earlier turns of every dialogue.
 """
 
+import ast
+import contextlib
 import itertools
 import json
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ SFT_COLUMNS = (
     ("query", "response"),
     ("question", "response"),
 )
+REPLY_COLUMNS = frozenset(reply for _, reply in SFT_COLUMNS)
 PREFERENCE_COLUMNS = (("chosen", "rejected"), ("response_j", "response_k"))
 PROMPT_COLUMNS = ("prompt", "question", "q", "instruction", "query")
 CONTEXT_COLUMNS = ("system", "system_prompt", "history", "input", "context", "tools")
@@ -110,27 +114,45 @@ def _wrong_kind(column: str, value: Any, wanted: str) -> InputError:
     return InputError(f"the column {column} of the dataset holds {found}, wanted {wanted}; convert it")
 
 
-def _from_json(value: Any) -> Any:
-    """A .csv holds dialogues and tools as JSON text."""
+def from_json(value: Any) -> Any:
+    """A .csv holds dialogues and tools as JSON text, or in Python's words, as pandas writes them."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
+        for parse in (json.loads, _from_python):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                found = parse(value.strip())
+                json.dumps(found, ensure_ascii=False).encode()  # half of an emoji's pair of \u is no text
+                return found
     return value
 
 
-def _is_turn(value: Any) -> bool:
+def _from_python(text: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a backslash in a text
+        return json.loads(json.dumps(ast.literal_eval(text)))
+
+
+def is_turn(value: Any) -> bool:
+    """Whether this is a turn in OpenAI's or ShareGPT's words."""
     return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
+def are_turns(value: Any) -> bool:
+    """Whether this is a dialogue: turns and nothing else, each with a role and what was said."""
+    turns = [value] if is_turn(value) else value
+    return (
+        bool(turns)
+        and isinstance(turns, list)
+        and all(is_turn(turn) and ("content" in turn or "value" in turn) for turn in turns)
+    )
 
 
 def _turns(column: str, value: Any) -> list[Message]:
     """Turns in the words of chat templates, from OpenAI's or ShareGPT's; null is none, an empty system turn is left out."""
-    value = _from_json(value)
+    value = from_json(value)
     if value is None:
         return []
-    value = [value] if _is_turn(value) else value
-    if not isinstance(value, list) or not all(turn is None or _is_turn(turn) for turn in value):
+    value = [value] if is_turn(value) else value
+    if not isinstance(value, list) or not all(turn is None or is_turn(turn) for turn in value):
         raise _wrong_kind(column, value, "turns with role and content, or from and value")
     turns = [_turn(column, turn or {}) for turn in value]
     return [turn for turn in turns if turn["role"] != "system" or turn["content"].strip()]
@@ -158,7 +180,7 @@ def _call(call: Any) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return call
-    return {**call, "function": {**function, "arguments": _from_json(function.get("arguments"))}}
+    return {**call, "function": {**function, "arguments": from_json(function.get("arguments"))}}
 
 
 def as_turns(prompt: Prompt) -> list[Message]:
@@ -207,7 +229,7 @@ def _prompt_in(column: str, columns: set[str]) -> Reader:
         rule = _text(row, system) if system else ""
         if rule.strip() and not any(turn["role"] == "system" for turn in as_turns(prompt)):
             prompt = [{"role": "system", "content": rule}, *as_turns(prompt)]
-        tools = _from_json(row.get("tools"))
+        tools = from_json(row.get("tools"))
         if tools:
             if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
                 raise _wrong_kind("tools", tools, "a list of descriptions, or its JSON text")
@@ -221,7 +243,7 @@ def _prompt_in(column: str, columns: set[str]) -> Reader:
 
 def _history(value: Any) -> list[Message]:
     """Alpaca's [[question, answer], ...], or turns."""
-    value = _from_json(value)
+    value = from_json(value)
     if isinstance(value, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in value):
         pairs = [{"question": question, "answer": answer} for question, answer in value]
         return [
@@ -319,7 +341,7 @@ def sft_reader(rows: Any) -> Reader:
 
 
 def _texts(row: Row, column: str) -> list[str]:
-    values = row.get(column) or []
+    values = from_json(row.get(column)) or []
     if not isinstance(values, list) or not all(isinstance(value, str | None) for value in values):
         raise _wrong_kind(column, values, "a list of texts")
     return [value or "" for value in values]

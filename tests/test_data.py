@@ -1,9 +1,11 @@
 """From rows to token ids. Expected ids come from calling the tokenizer on a text that is written out here."""
 
+import datetime
 import gzip
 import json
 import sys
 
+import openpyxl
 import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers.processors import TemplateProcessing
@@ -215,6 +217,104 @@ def test_excel_without_openpyxl_is_one_line(tmp_path, monkeypatch):
         read_dataset(str(tmp_path / "rows.xlsx"))
 
 
+def test_excel(tmp_path, tokenizer, capsys):
+    """Excel has types of its own: a date without a time is its day, a number what it is, and #N/A was a traceback."""
+    book = openpyxl.Workbook()
+    replies = [
+        "007",
+        7,
+        0.5,
+        True,
+        datetime.date(2021, 5, 1),
+        datetime.datetime(2021, 5, 1, 13, 30),
+        "None",
+        "#N/A",
+        "ü",
+    ]
+    for line in [["Nr", "Prompt", "Response", None], *([1, "a", reply, "x"] for reply in replies), [None] * 4]:
+        book.active.append(line)
+    book.create_sheet("Rest")
+    book.save(tmp_path / "rows.xlsx")
+    rows = read_dataset(str(tmp_path / "rows.xlsx"))
+    texts = ["007", "7", "0.5", "True", "2021-05-01", "2021-05-01 13:30:00", "None", "#N/A", "ü"]
+    assert list(rows) == [{"prompt": "a", "response": text} for text in texts]
+    assert rows.column_names == ["Nr", "prompt", "response"]
+    assert "rows.xlsx has 2 sheets; the first one, Sheet, is read\n" in capsys.readouterr().err
+    assert len(tokenize_sft(rows, TEMPLATE, tokenizer, 200)) == len(texts)
+
+
+def test_a_damaged_excel_table_is_one_line(tmp_path):
+    """zipfile's own exception is of no common kind: it was a traceback."""
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"cannot read the dataset .*rows\.xlsx: File is not a zip file"):
+        read_dataset(str(tmp_path / "rows.xlsx"))
+
+
+def test_rows_under_a_key(tmp_path, capsys):
+    """Many a .json has its rows under data or train; it was read as one row, with a column data."""
+    path = tmp_path / "rows.json"
+    rows = [{"from": "forum", "prompt": "a"}, {"from": "mail", "prompt": "b"}]
+    path.write_text(json.dumps({"version": 1, "data": rows}))
+    assert prompts_of(read_dataset(str(path))) == ["a", "b"]
+    assert f"note: the 2 rows of {path} are those under data; not read: version\n" in capsys.readouterr().err
+    path.write_text(json.dumps({"train": rows, "test": rows[:1]}))
+    with pytest.raises(InputError, match=r"holds several lists of rows: train \(2\), test \(1\); save each as a file"):
+        read_dataset(str(path))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [user("hi"), assistant("yo")], "tools": [{"name": "now"}]},
+        {"conversations": [{"from": "human", "value": "hi"}], "meta": [{"id": 1}]},
+        {"messages": [user("hi"), {"role": "assistant", "tool_calls": [{"name": "now"}]}]},
+    ],
+)
+def test_one_row_with_lists_is_no_key_with_rows(tmp_path, row):
+    (tmp_path / "rows.json").write_text(json.dumps(row))
+    rows = read_dataset(str(tmp_path / "rows.json"))
+    column = next(iter(row))
+    assert len(rows) == 1
+    assert rows[0][column] == row[column]
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "parquet"])
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_dialogues_as_text_in_a_cell(tmp_path, tokenizer, capsys, form, write):
+    """Tables have no lists: they hold a dialogue as JSON, or as pandas writes it, in Python's words (str).
+
+    The pairs were trained as texts that begin with a bracket.
+    """
+    talk = [{"from": "human", "value": 'say "it\'s"'}, {"from": "gpt", "value": "it's, \nso\\d"}]
+    table = {
+        "conversations": [write(talk), write(talk)],
+        "chosen": [write(talk), None],
+        "rejected": [write([talk[0], assistant("no")]), None],
+    }
+    for name, columns in (("talk", ["conversations"]), ("pairs", ["chosen", "rejected"])):
+        path = tmp_path / f"{name}.{form}"
+        made = Dataset.from_dict({column: table[column] for column in columns})
+        made.to_parquet(path) if form == "parquet" else made.to_csv(path, sep="\t" if form == "tsv" else ",")
+    query, reply = ids_of(tokenizer, 'Q: say "it\'s"\nA:'), ids_of(tokenizer, "it's, \nso\\d")
+    rows = tokenize_sft(read_dataset(str(tmp_path / f"talk.{form}")), TEMPLATE, tokenizer, 200)
+    assert rows["input_ids"] == [[*query, *reply, EOS]] * 2
+    assert "as JSON text" not in capsys.readouterr().err
+    pairs = read_dataset(str(tmp_path / f"pairs.{form}"))
+    assert "chosen, rejected of" in capsys.readouterr().err
+    pair = tokenize_preferences(pairs, TEMPLATE, tokenizer, 200, "drop").pairs[0]
+    assert (pair["chosen_ids"], pair["query_length"]) == ([*query, *reply, EOS], len(query))
+
+
+def test_a_text_that_looks_like_a_list_stays_a_text(tmp_path, tokenizer):
+    """Whoever asks for the JSON of a dialogue gets it, and so does who asks for a list."""
+    replies = ["[1, 2]", json.dumps([user("hi")]), "{'a': 1}", "yo"]
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "[x]", "response": text} for text in replies])
+    rows = read_dataset(path)
+    assert [row["response"] for row in rows] == replies
+    lists = write_rows(tmp_path / "lists.jsonl", [{"prompt": "a", "response": "[1, 2]"}] * 2)
+    assert read_dataset(lists)[0]["response"] == "[1, 2]"
+
+
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "csv"])
 def test_a_folder_of_shards(tmp_path, form):
     """Shards whose unused columns differ in type are one data set; a README beside them is none of it."""
@@ -328,13 +428,52 @@ def test_own_column_names(tmp_path, tokenizer, capsys):
 
 def test_wrong_own_column_names_are_one_line(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"Frage": "hi", "Antwort": "yo"}])
-    with pytest.raises(InputError, match=r"--columns names frage, which .* does not have; found Frage, Antwort"):
-        train_and_eval_rows(DataArguments(dataset=path, columns="prompt=frage"), "nothing")
+    with pytest.raises(InputError, match=r"--columns names Fragen, which .* does not have; found Frage, Antwort"):
+        train_and_eval_rows(DataArguments(dataset=path, columns="prompt=Fragen"), "nothing")
     for words in ("prompt", "prompt=", "frage=prompt", ""):
         with pytest.raises(InputError, match="is not NAME=COLUMN with a NAME out of prompt, response"):
             DataArguments(columns=words)
     with pytest.raises(InputError, match="names a column twice"):
         DataArguments(columns="prompt=a,prompt=b")
+
+
+def test_own_column_names_may_be_any(tmp_path):
+    """Capitals, spaces, other scripts, and an umlaut in two signs, as a Mac writes it: it looks the same on the screen."""
+    names = {"prompt": "Die Frage", "chosen": "Gute Lo\u0308sung", "rejected": "差的"}
+    path = tmp_path / "rows.csv"
+    path.write_text(",".join(names.values()) + "\na,b,c\n", encoding="utf-8")
+    data = DataArguments(dataset=str(path), columns="prompt=Die Frage,chosen=Gute L\u00f6sung,rejected=差的")
+    assert list(train_and_eval_rows(data, "nothing")[0]) == [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "save_to_disk"])
+def test_known_names_in_any_case(tmp_path, tokenizer, capsys, form):
+    """Prompt and Response, as a table has them for its heading, were no known columns."""
+    path = tmp_path / f"rows.{form}"
+    row = {"Instruction": "hi", "INPUT": "x", "Output ": "yo", "Id": "3"}
+    write_rows(path, [row]) if form == "jsonl" else getattr(one(row), form if form == "save_to_disk" else f"to_{form}")(
+        path
+    )
+    rows = tokenize_sft(read_dataset(str(path)), TEMPLATE, tokenizer, 200)
+    assert rows["input_ids"] == [[*ids_of(tokenizer, "Q: hi\n\nx\nA:"), *ids_of(tokenizer, "yo"), EOS]]
+    assert "not used: Id\n" in capsys.readouterr().err
+
+
+def test_names_that_differ_in_case_are_not_mixed_up(tmp_path, tokenizer, capsys):
+    path = write_rows(tmp_path / "rows.jsonl", [{"Prompt": "no", "prompt": "hi", "response": "yo"}])
+    assert tokenize_prompts(read_dataset(path), TEMPLATE, tokenizer, 200)["prompt"] == ["hi"]
+    assert "not used: Prompt, response\n" in capsys.readouterr().err
+    assert read_dataset(path, columns={"prompt": "Prompt"})[0] == {"prompt": "no"}
+    path = write_rows(tmp_path / "two.jsonl", [{"Prompt": "no", "PROMPT": "hi", "response": "yo"}])
+    with pytest.raises(InputError, match=r"has 2 columns prompt that differ .* alone: 'Prompt', 'PROMPT'; rename one"):
+        read_dataset(path)
+    assert read_dataset(path, columns={"prompt": "PROMPT"})[0] == {"prompt": "hi"}
+
+
+def test_functions_get_what_stands_beside_a_prompt_by_its_own_name(tmp_path):
+    """A reward function asks for Answer, which is what its file says."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"Question": "6 x 7?", "Answer": "42"}])
+    assert read_dataset(path, all_columns=True)[0] == {"Answer": "42", "question": "6 x 7?"}
 
 
 def test_unused_columns_are_named_once(tmp_path, tokenizer, capsys):
