@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -115,6 +116,12 @@ def read_adapter(path: str | None, argument: str, alone: bool = False) -> SavedA
         config = LoraConfig.from_pretrained(path)
     except (*BROKEN_MODEL, OSError) as error:
         raise InputError(f"{argument} {path} cannot be read: {one_line(error)}; is the file complete?") from error
+    whole = config.modules_to_save or []
+    if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
+        raise InputError(
+            f"{argument} {path}: modules_to_save in its adapter_config.json is {json.dumps(whole)[:60]}, not a list of "
+            'names; give the layers that the adapter has as a whole, as ["lm_head"], or null'
+        )
     adapter = SavedAdapter(path, config, keys, run)
     for name in ("layer_replication", "alora_invocation_tokens", "arrow_config"):
         if getattr(config, name):
@@ -207,7 +214,7 @@ def fitting(folder: str) -> Iterator[None]:
     """One line for what PEFT raises where an adapter is of another base: other shapes, layers that are not there."""
     try:
         yield
-    except BROKEN_MODEL as error:
+    except (*BROKEN_MODEL, ImportError, IndexError) as error:  # Megatron's layers; a token's number that is none
         raise InputError(f"the adapter {folder} does not fit this base: {one_line(error)}") from error
 
 

@@ -5,6 +5,7 @@ The right values are those of plain PEFT with one adapter on a base that holds n
 
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import merge_lora
 import reward_modeling
 import rl_training
 from inference.side_by_side import ChatModels, InferenceArguments, load_models
-from lora.adapters import POLICY, REFERENCE, load_adapter, read_adapter, use_adapter
+from lora.adapters import POLICY, REFERENCE, attach_adapter, load_adapter, read_adapter, use_adapter
 from lora.base_model import base_fingerprint, load_base
 from rewards.reward_model import member_scores, new_reward_model, reward_scores
 from rollout.batch import make_batch
@@ -450,3 +451,25 @@ def test_a_lora_bias_without_a_place_is_one_line(bases, folder, tmp_path, monkey
     with pytest.raises(InputError, match=rf"{adapter} cannot be merged into this base: .*the base layer has no bias"):
         merge_lora.main()
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("value", [True, 3, "lm_head", [1], [None], {"lm_head": True}])
+def test_modules_to_save_of_another_type_is_one_line(value, bases, folder, tmp_path):
+    """`modules_to_save: true` in an edited adapter_config.json was a TypeError; "lm_head" was read letter by letter."""
+    file = Path(shutil.copytree(save_adapter(bases["apart"], folder / "apart plain 1", "plain", 1), tmp_path / "a"))
+    file /= "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "modules_to_save": value}))
+    with pytest.raises(InputError, match=r"^--sft .*: modules_to_save in its adapter_config\.json is .*, not a list"):
+        read_adapter(str(tmp_path / "a"), "--sft")
+
+
+@pytest.mark.parametrize("field", [{"megatron_config": {"a": 1}}, {"trainable_token_indices": 1.5}])
+def test_what_this_machine_or_base_has_not_is_one_line(field, bases, folder, tmp_path):
+    """Megatron that is not installed, or half a token, ended in a traceback of PEFT."""
+    base = bases["apart"]
+    file = Path(shutil.copytree(save_adapter(base, folder / "apart plain 1", "plain", 1), tmp_path / "a"))
+    file /= "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **field}))
+    adapter = read_adapter(str(tmp_path / "a"), "--sft")
+    with pytest.raises(InputError, match="does not fit this base"):
+        attach_adapter(load_plain(base), adapter, adapter.config)
