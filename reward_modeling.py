@@ -94,8 +94,8 @@ class RewardDataArguments(DataArguments):
         default=0.1,
         metadata={"help": "Without --eval_dataset: hold out this share of the prompts with all their pairs."},
     )
-    train_subset: int = field(default=-1, metadata={"help": "Train on this many pairs, the first ones; -1: on all."})
-    eval_subset: int = field(default=-1, metadata={"help": "Evaluate on this many pairs, the first ones; -1: on all."})
+    train_subset: int = field(default=-1, metadata={"help": "Train on the first so many rows of the data; -1: on all."})
+    eval_subset: int = field(default=-1, metadata={"help": "Evaluate on the first so many held-out rows; -1: on all."})
     max_length: int = field(default=1024, metadata={"help": "Longest prompt + reply, in tokens."})
     overlong_pairs: str = field(
         default="drop",

@@ -15,28 +15,88 @@ DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdFHIjmMpSuUwWxXyY
 
 
 def chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool) -> str:
-    """A dialogue in the tokenizer's chat template.  Raises InputError when the template refuses it.
+    """A dialogue in the tokenizer's chat template.  Raises InputError when the template refuses it, or leaves tools out.
 
-    A first turn with the role tools holds descriptions of tools as JSON, which templates get apart from the turns.
+    A first turn with the role tools holds descriptions of tools as JSON, which templates get apart from the turns.  System
+    messages for which the template has no place stand in front of what the user says behind them, see `moves_system`.
     """
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    if hasattr(tokenizer, "prompt_date"):
-        options["chat_template"] = with_date(tokenizer.get_chat_template(), tokenizer.prompt_date)
-    if messages and messages[0]["role"] == "tools":
-        if "tools" not in str(tokenizer.get_chat_template()):
-            raise InputError(
-                "the data have tools, of which the tokenizer's chat template writes nothing; leave them out (--columns "
-                "messages=messages), or give a --prompt_template with {prompt}"
-            )
-        options["tools"], messages = json.loads(messages[0]["content"]), messages[1:]
+    if moves_system(messages, tokenizer):
+        messages = _with_user(messages)
+    turns, options = _turns_and_options(messages, tokenizer)
+    options["add_generation_prompt"] = add_generation_prompt
     try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except TemplateError as error:  # many want user and assistant in turn, or no system message
-        roles = ", ".join(message["role"] for message in messages)
+        text = tokenizer.apply_chat_template(turns, **options)
+    except TemplateError as error:  # many want user and assistant in turn
+        roles = ", ".join(message["role"] for message in turns)
         raise InputError(
             f"the tokenizer's chat template refuses a dialogue ({roles}): {one_line(error)}; "
             "correct the data, or give a --prompt_template with {prompt}"
         ) from error
+    _check_tools(turns, tokenizer, options)
+    return text
+
+
+def moves_system(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template has no place for a system message of the dialogue: Gemma's refuses any, others refuse or
+    leave out one that is not the first turn, or say nothing of any.
+    """
+    if all(message["role"] != "system" for message in messages):
+        return False
+    turns, options = _turns_and_options(messages, tokenizer)
+    try:
+        return not _writes("system", turns, tokenizer, options)
+    except TemplateError:
+        return True
+
+
+def _with_user(messages: list[Message]) -> list[Message]:
+    """The dialogue with each system message in the user's turn behind it; at the end it is a turn of the user."""
+    moved: list[Message] = []
+    rules: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            rules.append(message["content"])
+        elif message["role"] == "user":
+            moved.append({**message, "content": "\n\n".join([*rules, message["content"]])})
+            rules = []
+        else:
+            moved.append(message)
+    return [*moved, {"role": "user", "content": "\n\n".join(rules)}] if rules else moved
+
+
+def _turns_and_options(
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Message], dict[str, Any]]:
+    """What apply_chat_template gets: turns, and the tools and the day apart from them."""
+    options: dict[str, Any] = {"tokenize": False}
+    if hasattr(tokenizer, "prompt_date"):
+        options["chat_template"] = with_date(tokenizer.get_chat_template(), tokenizer.prompt_date)
+    if messages and messages[0]["role"] == "tools":
+        options["tools"], messages = json.loads(messages[0]["content"]), messages[1:]
+    return messages, options
+
+
+def _writes(role: str, turns: list[Message], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> bool:
+    """Whether the template writes what the turns of a role say, whatever it makes of the white space in it."""
+    words = {place: f"({role} {place})" for place, turn in enumerate(turns) if turn["role"] == role}
+    marked = [{**turn, "content": words.get(place, turn["content"])} for place, turn in enumerate(turns)]
+    text = tokenizer.apply_chat_template(marked, **options)
+    return all(word in text for word in words.values())
+
+
+def _check_tools(turns: list[Message], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> None:
+    """Raise InputError when the template writes nothing of the tools, of calls of them or of what they return."""
+    template = str(tokenizer.get_chat_template())
+    found = "tools" if "tools" in options and "tools" not in template else ""
+    if any(turn.get("tool_calls") for turn in turns) and "tool_calls" not in template:
+        found = "calls of tools"
+    elif any(turn["role"] == "tool" for turn in turns) and not _writes("tool", turns, tokenizer, options):
+        found = "answers of tools"
+    if found:
+        raise InputError(
+            f"the data have {found}, of which the tokenizer's chat template writes nothing; leave them out, or give a "
+            "--prompt_template with {prompt}"
+        )
 
 
 # What `format_prompt` writes of a dialogue.  Text is in expressions alone, which white space control does not touch.

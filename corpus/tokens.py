@@ -16,7 +16,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from corpus.chat_template import chat_text, reply_end_id
+from corpus.chat_template import chat_text, moves_system, reply_end_id
 from corpus.files import Rows
 from corpus.formats import (
     DIFFER_BEFORE,
@@ -134,6 +134,7 @@ class Encoded(NamedTuple):
     statuses: list[str]  # one for each example that the row holds
     rows: list[Row]  # columns of those that are kept
     holds_end: int = 0  # how many of these spell out the end of a reply
+    moved: bool = False  # whether a system message stands elsewhere in them, as the chat template has no place for it
 
 
 def tokenize_sft(
@@ -162,7 +163,7 @@ def tokenize_sft(
     def encode(row: Row) -> Encoded:
         statuses: list[str] = []
         made: list[Row] = []
-        with_end = 0
+        with_end, moved = 0, False
         for dialogue in read(row):
             turns = [(dialogue.prompt, dialogue.response)]
             if dialogue.is_whole and train_on_turns == "all":
@@ -179,7 +180,8 @@ def tokenize_sft(
             with_end += len(joined) * holds_end(end, dialogue.prompt, message_text(dialogue.response))
             if dialogue.is_whole:
                 whole.append(len(spans))
-        return Encoded(statuses, made, with_end)
+            moved = moved or (bool(joined) and _moves(dialogue.prompt, template, tokenizer))
+        return Encoded(statuses, made, with_end, moved)
 
     def fit(prompt: Prompt, response: Message) -> tuple[str, list[int], list[int]]:
         """Status, query and response of one turn; no response where it is not trained."""
@@ -284,6 +286,7 @@ def tokenize_preferences(
             [status for each in made for status in each.statuses],
             [kept for each in made for kept in each.rows],
             sum(each.holds_end for each in made),
+            any(each.moved for each in made),
         )
 
     def encode_pair(pair: Pair, margin: float) -> Encoded:
@@ -320,7 +323,9 @@ def tokenize_preferences(
             "margin": margin,
             "kind": "",
         }
-        return Encoded(["kept" if fits else "cut"], [kept], holds_end(end, prompt, *texts))
+        return Encoded(
+            ["kept" if fits else "cut"], [kept], holds_end(end, prompt, *texts), _moves(prompt, template, tokenizer)
+        )
 
     pairs = _map_and_count(rows, read, encode, "preference pairs", split, end)
     if part_early:
@@ -366,7 +371,7 @@ def tokenize_prompts(
         if carry is not None:
             example["columns"] = {name: row.get(name) for name in carry}
             example["turns"] = None if isinstance(prompt, str) else prompt
-        return Encoded(["kept"], [example], holds_end(end, prompt))
+        return Encoded(["kept"], [example], holds_end(end, prompt), _moves(prompt, template, tokenizer))
 
     kept = _map_and_count(rows, read, encode, "prompts", split, end, carry or ())
     if split == "training":
@@ -392,7 +397,7 @@ def _map_and_count(
     _say_unused([name for name in unused(rows.column_names, read) if name not in carry], split)
     counts: Counter[str] = Counter()
     nulls: Counter[str] = Counter()
-    kept, seen, with_end = [], set(), 0
+    kept, seen, with_end, moved = [], set(), 0, 0
     for row in tqdm(rows, desc=f"tokenizing {what}", disable=not is_main_process(), mininterval=1):
         nulls.update(column for column in read.needed if row.get(column) is None)
         encoded = encode(row)
@@ -400,6 +405,7 @@ def _map_and_count(
         kept += encoded.rows
         seen.update(hash(repr(example)) for example in encoded.rows)
         with_end += encoded.holds_end
+        moved += encoded.moved
     if not kept:
         raise InputError(f"none of {len(rows)} {split} rows is usable: {dict(counts)}; check the data and --max_length")
     say(f"{split} {what}: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
@@ -408,12 +414,21 @@ def _map_and_count(
         say(f"note: null in {split} rows, read as an empty text: {found}")
     if len(seen) < len(kept):
         say(f"warning: {len(kept) - len(seen)} of the {split} {what} are there twice or more, and count as often")
+    if moved:
+        say(
+            f"note: the chat template has no place for the system message of {moved} {split} rows; it stands in front of "
+            "what the user says behind it"
+        )
     if with_end:
         say(
             f"warning: {with_end} of the {split} {what} hold {end} as text, which is read as the end of a reply; "
             "at the end of a reply it does no harm, elsewhere remove it"
         )
     return Dataset.from_list(kept)
+
+
+def _moves(prompt: Prompt, template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    return template == "chat" and moves_system(as_turns(prompt), tokenizer)
 
 
 def _say_unused(names: list[str], split: str) -> None:

@@ -587,6 +587,65 @@ def test_tools_that_nobody_would_write_are_one_line(tokenizer):
         tokenize_sft(one({"messages": [user("hi"), call]}), TEMPLATE, tokenizer, 200)
 
 
+# Templates without a place for system messages: Gemma's refuses them, others say nothing of them.
+TURN = "<|{{ m.role }}|>{{ m.content }}</s>"
+WITHOUT_SYSTEM = {
+    "refuses": "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}" + TURN + "{% endfor %}",
+    "leaves out": "{% for m in messages if m.role in ['user', 'assistant'] %}" + TURN + "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("way", WITHOUT_SYSTEM)
+def test_a_template_without_a_place_for_system_messages(capsys, way):
+    """One system message in 10,000 rows refused the data under Gemma; other templates trained on less than there was."""
+    chatty = make_tokenizer()
+    chatty.chat_template = WITHOUT_SYSTEM[way] + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    system = {"role": "system", "content": " Be kind."}
+    rows = Dataset.from_list([{"messages": [system, *TALK[:4]]}, {"messages": TALK[:2]}])
+    made = tokenize_sft(rows, "chat", chatty, 200)
+    text = "<|user|> Be kind.\n\nhi</s><|assistant|>hello</s><|user|>and?</s><|assistant|>yo</s>"
+    assert made["input_ids"] == [ids_of(chatty, text), ids_of(chatty, "<|user|>hi</s><|assistant|>hello</s>")]
+    said = "note: the chat template has no place for the system message of 1 training rows; it stands in front of"
+    assert capsys.readouterr().err.count(said) == 1
+    prompts = tokenize_prompts(rows, "chat", chatty, 200)
+    assert prompts["prompt"][0] == text.removesuffix("yo</s>")
+    pairs = Dataset.from_list([{"prompt": [system, user("hi")], "chosen": "yo", "rejected": "no"}])
+    pair = tokenize_preferences(pairs, "chat", chatty, 200, "drop").pairs[0]
+    assert pair["chosen_ids"] == ids_of(chatty, "<|user|> Be kind.\n\nhi</s><|assistant|>yo</s>")
+    assert capsys.readouterr().err.count(said) == 2
+
+
+def test_a_template_with_a_place_for_system_messages_keeps_them_there(capsys):
+    chatty = make_tokenizer()
+    chatty.chat_template = CHATML
+    row = {"messages": [{"role": "system", "content": "Be kind."}, *TALK[:2]]}
+    text = "<|system|>Be kind.</s><|user|>hi</s><|assistant|>hello</s>"
+    assert tokenize_sft(one(row), "chat", chatty, 200)["input_ids"] == [ids_of(chatty, text)]
+    assert "no place" not in capsys.readouterr().err
+
+
+def test_a_rule_behind_the_last_words_of_the_user_is_not_lost():
+    chatty = make_tokenizer()
+    chatty.chat_template = WITHOUT_SYSTEM["leaves out"]
+    prompt = [user("hi"), {"role": "system", "content": "Be kind."}]
+    assert format_prompt(prompt, "chat", chatty) == "<|user|>hi</s><|user|>Be kind.</s>"
+
+
+@pytest.mark.parametrize(("turn", "what"), [("call", "calls of tools"), ("answer", "answers of tools")])
+def test_calls_and_answers_that_nobody_would_write_are_one_line(turn, what):
+    """The call was trained as an empty reply, and the answer was left out of the prompt."""
+    chatty = make_tokenizer()
+    chatty.chat_template = WITHOUT_SYSTEM["leaves out"] + "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "now"}]}
+    answer = {"role": "tool", "content": "9:00"}
+    turns = [user("time?"), call if turn == "call" else answer, assistant("nine")]
+    with pytest.raises(
+        InputError, match=f"the data have {what}, of which the tokenizer's chat template writes nothing"
+    ):
+        tokenize_sft(one({"messages": turns}), "chat", chatty, 200)
+
+
 def test_turns_of_which_some_have_more_keys(tmp_path, tokenizer):
     """A name in some of the turns, and the file was refused as if they had no role and content."""
     talks = [[user("hi"), assistant("yo")], [{**user("hi"), "name": "bob"}, assistant("yo")]]
