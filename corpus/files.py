@@ -92,7 +92,7 @@ class Known:
     others: bool = False
 
     def __contains__(self, column: str) -> bool:
-        return self.others or plain(column) in self.wanted
+        return bool(column) and (self.others or plain(column) in self.wanted)  # some tables have columns without a name
 
 
 def suffix_of(name: str) -> str:
@@ -344,7 +344,7 @@ def _table(path: str, file: Any, known: Known, columns: dict[str, None]) -> Iter
 
 def _check_names(path: str, names: list[str], known: Known, columns: dict[str, None]) -> None:
     """Note the columns of a table's first line.  Raises InputError when one that is read is there twice."""
-    twice = [name for name, count in Counter(names).items() if name and count > 1 and name in known]
+    twice = [name for name, count in Counter(names).items() if count > 1 and name in known]
     if twice:
         raise InputError(f"cannot read the dataset {path}: its first line names {twice[0]} twice; rename one")
     columns.update((name, None) for name in names if name)

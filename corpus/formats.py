@@ -48,6 +48,7 @@ KNOWN_COLUMNS = frozenset(
 # ShareGPT and its kin
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 ROLES |= {"model": "assistant", "function_call": "assistant", "observation": "tool", "function": "tool"}
+ROLES |= {"tools": "tool"}  # the name is taken: a turn of that role holds descriptions of tools
 TRANSCRIPT_TURN = "\n\nAssistant:"  # hh-rlhf writes its dialogues as "\n\nHuman: ...\n\nAssistant: ..."
 # statuses of pairs
 DIFFER_BEFORE = "differ before the last turn"
@@ -162,7 +163,7 @@ def _turn(column: str, turn: Row) -> Message:
     role = turn.get("role") or turn.get("from")
     content = turn["content"] if turn.get("content") is not None else turn.get("value")
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(part.get("text") or "" for part in content)
+        content = "".join(_text(part, "text") for part in content)
     if not isinstance(content, str | None) or not isinstance(role, str | None):
         raise _wrong_kind(column, turn, "turns with role and content, both texts")
     more = {
@@ -172,7 +173,7 @@ def _turn(column: str, turn: Row) -> Message:
         if not isinstance(more["tool_calls"], list):
             raise _wrong_kind(column, turn, "turns whose tool_calls are a list")
         more["tool_calls"] = [_call(call) for call in more["tool_calls"]]
-    return {"role": role and ROLES.get(role.lower(), role.lower()), "content": content or "", **more}
+    return {"role": role and ROLES.get(role.strip().lower(), role.strip().lower()), "content": content or "", **more}
 
 
 def _call(call: Any) -> Any:

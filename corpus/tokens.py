@@ -113,8 +113,9 @@ def is_blank(text: Prompt | None) -> bool:
     """
     if isinstance(text, str):
         return not text.strip()
-    return not text or not all(
-        turn["role"] and (turn["content"].strip() or turn.get("tool_calls") or turn["role"] == "tool") for turn in text
+    said = [turn for turn in text or () if turn["role"] != "tools"]
+    return not said or not all(
+        turn["role"] and (turn["content"].strip() or turn.get("tool_calls") or turn["role"] == "tool") for turn in said
     )
 
 

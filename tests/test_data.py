@@ -16,6 +16,7 @@ from corpus.tokens import (
     encode_prompt,
     encode_response,
     format_prompt,
+    mark,
     tokenize_preferences,
     tokenize_prompts,
     tokenize_sft,
@@ -199,9 +200,20 @@ def test_more_files(tmp_path, suffix):
     assert prompts_of(read_dataset(str(path))) == ["a, b", "NA"]
 
 
-def test_a_field_keeps_its_line_ends(tmp_path):
-    (tmp_path / "rows.csv").write_bytes(b'n,prompt\r\n1,"a\r\nb ""c"""\r\n')
-    assert prompts_of(read_dataset(str(tmp_path / "rows.csv"))) == ['a\r\nb "c"']
+def test_a_field_keeps_its_line_ends_and_spaces(tmp_path):
+    (tmp_path / "rows.csv").write_bytes(b'n,prompt\r\n1,"a\r\nb ""c"""\r\n2, b \r\n')
+    assert prompts_of(read_dataset(str(tmp_path / "rows.csv"))) == ['a\r\nb "c"', " b "]
+
+
+def test_a_table_as_excel_saves_it(tmp_path):
+    """A mark in front (BOM), columns without a name at the end; by tabs, a comma in a name cuts nothing."""
+    path = tmp_path / "rows.csv"
+    path.write_bytes("\ufeffprompt;response;;\nTee?;Ja, bitte;;\n".encode())
+    for all_columns in (False, True):
+        assert list(read_dataset(str(path), all_columns=all_columns)) == [{"prompt": "Tee?", "response": "Ja, bitte"}]
+    (tmp_path / "rows.tsv").write_text("a, b\tPrompt\nx\thi\n")
+    for all_columns in (False, True):
+        assert prompts_of(read_dataset(str(tmp_path / "rows.tsv"), all_columns=all_columns)) == ["hi"]
 
 
 def test_half_a_gz_is_one_line(tmp_path):
@@ -303,6 +315,8 @@ def test_dialogues_as_text_in_a_cell(tmp_path, tokenizer, capsys, form, write):
     assert "chosen, rejected of" in capsys.readouterr().err
     pair = tokenize_preferences(pairs, TEMPLATE, tokenizer, 200, "drop").pairs[0]
     assert (pair["chosen_ids"], pair["query_length"]) == ([*query, *reply, EOS], len(query))
+    path = write_rows(tmp_path / "turn.jsonl", [{"prompt": "a", "response": write(assistant("yo"))}])
+    assert read_dataset(path)[0]["response"] == assistant("yo")
 
 
 def test_a_text_that_looks_like_a_list_stays_a_text(tmp_path, tokenizer):
@@ -758,8 +772,54 @@ def test_one_example_is_shown(tokenizer, capsys):
         f"one prompt of {query} tokens, behind which the policy replies:\n    Q: hi\n    A:\n"
         in capsys.readouterr().err
     )
+    tokenize_sft(rows, TEMPLATE, tokenizer, 200, split=HELD_OUT)
+    tokenize_preferences(rows, TEMPLATE, tokenizer, 200, "drop", HELD_OUT)
     tokenize_prompts(rows, TEMPLATE, tokenizer, 200, split=HELD_OUT)
-    assert "one prompt" not in capsys.readouterr().err
+    assert ">>>" not in (said := capsys.readouterr().err)
+    assert "one prompt" not in said
+
+
+def test_of_a_long_text_both_ends_are_shown(tokenizer):
+    """600 characters at either end: a page of numbers hid what the row is."""
+    long = "a" * 600 + "b" * 5 + "c" * 600
+    ids = ids_of(tokenizer, long)
+    assert mark(ids, [True] * len(ids), tokenizer) == ">>>" + "a" * 600 + " [...] " + "c" * 600 + "<<<"
+    short = ids_of(tokenizer, "a" * 600 + "c" * 600)
+    assert mark(short, [False] * len(short), tokenizer) == "a" * 600 + "c" * 600
+
+
+# Found by changing rows at random.
+
+
+def test_an_error_is_one_line_whatever_the_data_hold(tokenizer):
+    """A text with line ends in a column of turns gave a message of three lines."""
+    with pytest.raises(InputError) as refused:
+        tokenize_sft(one({"messages": "Human: x\n\nAssistant:"}), TEMPLATE, tokenizer, 200)
+    assert "holds str (Human: x  Assistant:), wanted turns" in str(refused.value)
+
+
+def test_a_part_of_a_turn_that_is_no_text_is_one_line(tokenizer):
+    """{"type": "text", "text": 3} was a TypeError of join()."""
+    with pytest.raises(InputError, match=r"holds int \(3\), wanted text"):
+        tokenize_sft(one({"messages": [user([{"type": "text", "text": 3}])]}), TEMPLATE, tokenizer, 200)
+
+
+def test_a_turn_with_the_role_tools_is_an_answer_of_a_tool(tokenizer):
+    """The role stands for descriptions of tools in here: such a turn was taken for JSON, with a traceback."""
+    turns = [{"role": "tools", "content": "9:00"}, user("so?"), assistant("nine")]
+    for_all = make_tokenizer()
+    for_all.chat_template = CHATML
+    text = "<|tool|>9:00</s><|user|>so?</s><|assistant|>nine</s>"
+    assert tokenize_sft(one({"messages": turns}), "chat", for_all, 200)["input_ids"] == [ids_of(for_all, text)]
+
+
+def test_tools_without_a_turn_are_no_prompt(capsys):
+    """transformers refuses a chat without turns with a ValueError."""
+    chatty = make_tokenizer()
+    chatty.chat_template = "{{ tools }}" + CHATML
+    rows = Dataset.from_list([{"tools": "[{}]", "messages": turns} for turns in ([assistant("a")], TALK[:2])])
+    assert len(tokenize_sft(rows, "chat", chatty, 200)) == 1
+    assert "1 empty, 1 kept" in capsys.readouterr().err
 
 
 # ---- Lengths ----

@@ -13,7 +13,13 @@ BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class InputError(Exception):
-    """Something that the user gave is wrong.  The message says what is wrong, what was found and what to do."""
+    """Something that the user gave is wrong.  The message says what is wrong, what was found and what to do.
+
+    It is one line, whatever the values of the user in it hold.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 class RunError(Exception):
