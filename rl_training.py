@@ -50,6 +50,8 @@ from reporting.plots import draw_curves
 from reporting.progress import IterationLines
 from reporting.trackers import use_grouped_names
 from rewards.guard import Guard, Limits
+from rewards.ready_made import NAME as READY_MADE
+from rewards.ready_made import ReadyMade
 from rewards.reward_functions import RewardFunction, carried_columns, load_function, load_functions, try_function
 from rewards.scores import (
     REWARD_MODEL,
@@ -93,7 +95,7 @@ from utils.arguments import (
     parse_arguments,
     set_up_ddp,
 )
-from utils.console import InputError, run_script, say
+from utils.console import InputError, one_line, run_script, say
 from utils.files import append_jsonl, write_json
 from utils.offered import EVERY_STAGE
 
@@ -163,6 +165,27 @@ class PPOArguments(ResumableArguments, TrainingArguments):
         default=0.1, metadata={"help": "Too far: KL to the rollout policy above 1.5 times this, in nats a token."}
     )
     reward_baseline: float = field(default=0.0, metadata={"help": "Subtracted from every normalised score."})
+    reward_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "A ready-made reward model: a sequence classifier with one label, a hub name or a folder, which judges "
+            "in its own tokenizer and chat template, beside the reward adapter or without one."
+        },
+    )
+    reward_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of its weights: auto (float32 on a CPU, else as they are stored), or one of these.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    reward_load_in_4bit: bool = field(
+        default=False, metadata={"help": "Hold the --reward_model in 4 bit (NF4).  Needs requirements-4bit.txt."}
+    )
+    reward_device: str | None = field(
+        default=None,
+        metadata={"help": "Where the --reward_model goes, as cuda:1 or cpu.  Default: the policy's device."},
+    )
     reward_function: str | None = field(
         default=None,
         metadata={
@@ -173,15 +196,15 @@ class PPOArguments(ResumableArguments, TrainingArguments):
     reward_weights: str | None = field(
         default=None,
         metadata={
-            "help": "Weights of the --reward_function, joined by commas; one more in front is the reward adapter's.  "
-            "Default: 1 each."
+            "help": "Weights of --reward_model and each --reward_function, joined by commas; one more in front is the "
+            "reward adapter's.  Default: 1 each."
         },
     )
     normalize_scores: bool = field(
         default=True,
         metadata={
-            "help": "Subtract the mean and divide by the standard deviation: of the reward card, and for each reward "
-            "function of the SFT model's own replies."
+            "help": "Subtract the mean and divide by the standard deviation: of the reward card, and for --reward_model and "
+            "each reward function of the SFT model's own replies."
         },
     )
     score_clip: float = field(default=5.0, metadata={"help": "Normalised scores are clipped to +- this."})
@@ -805,12 +828,37 @@ def read_prompts(
     return Prompts(number_rows(train), evaluation, guard)
 
 
-def read_functions(args: PPOArguments) -> tuple[list[RewardFunction], RewardFunction | None]:
-    """The reward functions, and gold.  Raises InputError where nothing would give a score."""
+def read_ready_made(args: PPOArguments, template: str) -> ReadyMade | None:
+    """The --reward_model, still without weights.  template: of the run.  Raises InputError for what cannot be one."""
+    if args.reward_model is None:
+        return None
+    device = args.device
+    if args.reward_device is not None:
+        try:
+            probe = torch.zeros(1, device=args.reward_device)
+            device, _ = probe.device, float(probe)  # "meta" has no numbers
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+            raise InputError(f"--reward_device {args.reward_device} cannot be used: {one_line(error)}") from error
+    model_args = ModelArguments(args.reward_model, template, args.reward_dtype, args.reward_load_in_4bit)
+    return ReadyMade(model_args, args.mini_batch_size, device)
+
+
+def read_functions(
+    args: PPOArguments, ready_made: ReadyMade | None = None
+) -> tuple[list[RewardFunction], RewardFunction | None]:
+    """What judges beside the reward adapter, the ready-made model first, and gold.
+
+    Raises InputError where nothing would give a score.
+    """
     functions = [] if args.reward_function is None else load_functions("--reward_function", args.reward_function)
+    if ready_made is not None:
+        for function in functions:
+            function.name = function.where if function.name == READY_MADE else function.name
+        functions = [ready_made.as_function(), *functions]
     if not functions and args.reward_model_lora_path is None:
         raise InputError(
-            "nothing says what a good reply is; add --reward_model_lora_path FOLDER, --reward_function MODULE:NAME or both"
+            "nothing says what a good reply is; add --reward_model_lora_path FOLDER, --reward_function MODULE:NAME, "
+            "--reward_model NAME or several of them"
         )
     if args.values_from == "adapter" and args.reward_model_lora_path is None:
         raise InputError(
@@ -893,13 +941,19 @@ def main() -> None:
     dtype, checkpoint = start_stage("ppo", model_args, training_args, plan_args.plan)
     sft = read_adapter(training_args.sft_model_lora_path, "--sft_model_lora_path")
     check_kind(sft, "--sft_model_lora_path", needs_score_head=False)
-    functions, gold = read_functions(training_args)
+    ready_made = read_ready_made(training_args, model_args.prompt_template)
+    functions, gold = read_functions(training_args, ready_made)
     reward = None
     if training_args.reward_model_lora_path is not None:
         reward = read_adapter(training_args.reward_model_lora_path, "--reward_model_lora_path")
         check_kind(reward, "--reward_model_lora_path", needs_score_head=True)
     longest_prompt(training_args)
-    announce(lambda: ppo_plan(model_args, training_args, sft, reward, dtype), model_args, training_args, plan_args.plan)
+    announce(
+        lambda: ppo_plan(model_args, training_args, sft, reward, dtype, ready_made),
+        model_args,
+        training_args,
+        plan_args.plan,
+    )
     if plan_args.plan:
         return
 
@@ -912,6 +966,12 @@ def main() -> None:
     adapters = {"sft_model_lora_path": sft} | ({} if reward is None else {"reward_model_lora_path": reward})
     judges = [*functions, *([] if gold is None else [gold])]
     prompts = read_prompts(data_args, training_args, template, tokenizer, list(adapters.values()), judges)
+    if ready_made is not None:
+        if ready_made.writes_date:
+            day = settle_date(ready_made.tokenizer, "chat", day or data_args.prompt_date, checkpoint)
+        for rows in prompts:
+            ready_made.check_prompts([] if rows is None else rows["turns"])
+        ready_made.load()
     for function in judges:
         try_function(function, prompts.train[0], tokenizer.eos_token_id)
 
@@ -938,6 +998,8 @@ def main() -> None:
 
     # ---- Training ----
     same = {**identity(training_args, prompts.train, adapters), "prompt_date": day, "stop_token_ids": stop_ids}
+    if ready_made is not None:
+        same["adapters"]["reward_model"] = ready_made.fingerprint()
     record = run_record("ppo", base, model_args, training_args, data=asdict(data_args), **same)
     check_same_run(record, checkpoint, model_args, data_args, training_args)
     trainer = build_trainer(

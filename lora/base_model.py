@@ -41,7 +41,7 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     Raises InputError when there is none, or it has no EOS.
     """
     name = model_args.model_name_or_path
-    if name.startswith((".", "/", "~")) and not os.path.isdir(name):  # the hub's complaint is about its naming rules
+    if is_missing_folder(name):
         raise InputError(f"there is no folder {name}; check --model_name_or_path")
     refuse_baichuan(name)
     if model_args.trust_remote_code:
@@ -55,6 +55,11 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def is_missing_folder(name: str) -> bool:
+    """Whether a name is that of a folder which is not there; the hub's complaint would be about its naming rules."""
+    return name.startswith((".", "/", "~")) and not os.path.isdir(name)
 
 
 def refuse_baichuan(name: str) -> None:
@@ -95,30 +100,36 @@ def remote_code(name: str) -> list[str]:
     return sorted(classes)
 
 
-def base_config(model_args: ModelArguments) -> PreTrainedConfig:
-    """Configuration of the base.  Raises InputError when it cannot be read."""
+def base_config(model_args: ModelArguments, what: str = "the base model") -> PreTrainedConfig:
+    """Configuration of the base, or of `what` else.  Raises InputError when it cannot be read."""
     name = model_args.model_name_or_path
     refuse_baichuan(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=model_args.trust_remote_code)
     except (*BROKEN_MODEL, OSError, ImportError) as error:
-        raise _cannot_load("the base model", name, error) from error
+        raise _cannot_load(what, name, error) from error
 
 
-def load_base(
-    model_args: ModelArguments, dtype: torch.dtype | str, device: torch.device | None = None
-) -> PreTrainedModel:
-    """The base as a causal language model, in eval mode, nothing trainable.  Raises InputError when it cannot be loaded.
+def load_safetensors(
+    kind: type,
+    what: str,
+    model_args: ModelArguments,
+    dtype: torch.dtype | str,
+    device: torch.device | None = None,
+    heads: Sequence[str] | None = None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model of an Auto class, as it is stored, and the names of the weights that its files do not have.
 
-    Only safetensors are read: other formats are pickles, which can run code.  dtype: "auto" is the type that the weights
-    are stored in.  device: where a base in 4 bit goes, by default the GPU where there is one; any other base is loaded to
-    the CPU.
+    Only safetensors are read: other formats are pickles, which can run code.  what: the model in words; dtype: "auto" is the
+    type that the weights are stored in.  device: where a model in 4 bit goes, by default the GPU where there is one; any
+    other one is loaded to the CPU.  heads: what 4 bit leaves whole, by default the output embedding.  Raises InputError when
+    it cannot be loaded.
     """
     name = model_args.model_name_or_path
-    base_config(model_args)  # a readable complaint before gigabytes are read
+    base_config(model_args, what)  # a readable complaint before gigabytes are read
     if os.path.isdir(name) and not any(file.endswith(".safetensors") for file in os.listdir(name)):
         raise InputError(
-            f"cannot load the base model {name}: there is no .safetensors file in it, and other formats can run code; "
+            f"cannot load {what} {name}: there is no .safetensors file in it, and other formats can run code; "
             "download or save it as safetensors"
         )
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model_args.trust_remote_code}
@@ -130,26 +141,35 @@ def load_base(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=heads,
         )
         options["device_map"] = None if device is None else {"": device}
     try:
         with loading_whole():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                name, use_safetensors=True, output_loading_info=True, **options
-            )
+            model, report = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
     except (*BROKEN_MODEL, OSError, ImportError) as error:  # bitsandbytes, too, where it cannot use this machine
-        raise _cannot_load("the base model", name, error) from error
-    if report["missing_keys"]:  # transformers would train on with random numbers in their place
-        missing = sorted(report["missing_keys"])
-        raise InputError(
-            f"the base model {name} is not complete: it has no weights for {missing[0]} and {len(missing) - 1} more; "
-            "download it again"
-        )
+        raise _cannot_load(what, name, error) from error
     for module in model.modules():
         # On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights the first time that no gradient is wanted, and
         # from then on lets no gradient through it, nor float32.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    return model, sorted(report["missing_keys"])
+
+
+def load_base(
+    model_args: ModelArguments, dtype: torch.dtype | str, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The base as a causal language model, in eval mode, nothing trainable.  Raises InputError when it cannot be loaded.
+
+    dtype, device: as in `load_safetensors`.
+    """
+    model, missing = load_safetensors(AutoModelForCausalLM, "the base model", model_args, dtype, device)
+    if missing:  # transformers would train on with random numbers in their place
+        raise InputError(
+            f"the base model {model_args.model_name_or_path} is not complete: it has no weights for {missing[0]} and "
+            f"{len(missing) - 1} more; download it again"
+        )
     # A model's own generation defaults (Qwen's repetition_penalty, top_p ...) must not change what PPO samples.
     model.generation_config = GenerationConfig(
         bos_token_id=model.generation_config.bos_token_id, eos_token_id=model.generation_config.eos_token_id
@@ -251,13 +271,13 @@ def base_fingerprint(base: PreTrainedModel) -> str:
         if parameter.dim() == 2 and parameter is not embedding
         if not re.search(r"^(score|v_head)\.|lora_|\.modules_to_save\.|\.trainable_tokens_", name)
     }
-    parts = [_sample_hash(shape, [embedding])]
+    parts = [sample_hash(shape, [embedding])]
     if all(matrix.is_floating_point() for matrix in matrices.values()):
-        parts.append(_sample_hash(shape, [matrices[name] for name in sorted(matrices)]))
+        parts.append(sample_hash(shape, [matrices[name] for name in sorted(matrices)]))
     return "-".join(parts)
 
 
-def _sample_hash(shape: str, matrices: Sequence[Tensor]) -> str:
+def sample_hash(shape: str, matrices: Sequence[Tensor]) -> str:
     """Hash of some 64 rows of each matrix, spread over it and rounded to bfloat16."""
     digest = hashlib.sha256(shape.encode())
     for matrix in matrices:

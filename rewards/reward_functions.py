@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerState
 
-from utils.console import InputError, one_line
+from utils.console import InputError, RunError, one_line
 
 LARGEST = torch.finfo(torch.float32).max  # of a number that the processes can exchange
 OF_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -66,10 +66,13 @@ class _Fault(Exception):
 class RewardFunction:
     """A function of the user's, in a shell that calls it with what it takes and checks its answers."""
 
-    def __init__(self, argument: str, where: str, function: Callable[..., Any], may_skip: bool) -> None:
-        """argument: the one that named it, as --reward_function; where: MODULE:NAME; may_skip: whether None is an answer."""
+    def __init__(
+        self, argument: str, where: str, function: Callable[..., Any], may_skip: bool, name: str | None = None
+    ) -> None:
+        """argument: the one that named it, as --reward_function; where: MODULE:NAME, or with a `name` of its own anything;
+        may_skip: whether None is an answer."""
         self.argument, self.where, self.function, self.may_skip = argument, where, function, may_skip
-        self.name = where.partition(":")[2]
+        self.name = name or where.partition(":")[2]
         try:
             parameters = inspect.signature(function).parameters
         except ValueError:  # some builtins have none, and are taken for (prompt, response)
@@ -158,6 +161,8 @@ class RewardFunction:
         try:
             answer = self.function(*texts, **arguments)
             return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
+        except (InputError, RunError):  # of a function of ours
+            raise
         except Exception as error:  # whatever the user's own function does
             fault = f"fails ({type(error).__name__}: {one_line(error)}); it has to give a number for every reply"
             raise _Fault(fault, row) from error

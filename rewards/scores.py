@@ -90,7 +90,7 @@ def measure_scores(scores: Tensor) -> ScoreStatistics:
 
 
 def part_weights(given: str | None, functions: list[str], has_reward_model: bool) -> dict[str, float]:
-    """Weight of each part of a score: 1, or as --reward_weights says, one for each function in their order.
+    """Weight of each part of a score: 1, or as --reward_weights says, one for each of `functions`, which are names.
 
     One number more, in front, is the reward model's.  Raises InputError for what are no such numbers.
     """
@@ -104,8 +104,8 @@ def part_weights(given: str | None, functions: list[str], has_reward_model: bool
     if has_reward_model and len(weights) == len(functions):
         weights = [1.0, *weights]
     if len(weights) != len(names) or not all(map(math.isfinite, weights)):
-        wanted = f"{len(functions)} numbers joined by commas, one for each --reward_function"
-        wanted += ", or one more in front for the reward model" if has_reward_model else ""
+        wanted = f"{len(functions)} numbers joined by commas, for {', '.join(functions) or 'no function'}"
+        wanted += ", or one more in front for the reward adapter" if has_reward_model else ""
         raise InputError(f"--reward_weights is {given}; give {wanted}")
     return dict(zip(names, weights, strict=True))
 

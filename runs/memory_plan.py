@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
 
 from lora.adapters import SavedAdapter
@@ -38,6 +44,7 @@ from lora.base_model import base_config, hidden_width
 from lora.heads import add_hidden_state_fn
 from lora.lora_layers import new_lora_config
 from lora.sharding import loading_whole
+from rewards.ready_made import ReadyMade
 from rewards.reward_model import new_reward_model
 from rollout.batch import pass_limits
 from rollout.logprobs import logit_bytes
@@ -90,12 +97,15 @@ class Passes(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def empty_base(model_args: ModelArguments, dtype: torch.dtype) -> PreTrainedModel:
-    """The base without numbers: on the meta device, frozen.  Raises InputError when its configuration cannot be read."""
+def empty_base(model_args: ModelArguments, dtype: torch.dtype, kind: type = AutoModelForCausalLM) -> PreTrainedModel:
+    """The base without numbers: on the meta device, frozen.  kind: the Auto class, for another model than the base.
+
+    Raises InputError when its configuration cannot be read.
+    """
     config = base_config(model_args)
     try:
         with loading_whole(), torch.device("meta"):  # ZeRO-3 would spread numbers that are not there
-            base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model_args.trust_remote_code)
+            base = kind.from_config(config, dtype=dtype, trust_remote_code=model_args.trust_remote_code)
     except (ValueError, ImportError) as error:
         raise InputError(
             f"cannot build {model_args.model_name_or_path} from its config.json: {one_line(error)}"
@@ -359,10 +369,12 @@ def ppo_plan(
     sft: SavedAdapter,
     reward: SavedAdapter | None,
     dtype: torch.dtype,
+    ready_made: ReadyMade | None = None,
 ) -> Plan:
     """Stage 3: `batch_size` replies are sampled at once, judged and trained on `mini_batch_size` at a time, or fewer.
 
     The update keeps the activations of the policy and, with --critic adapter, of the critic, which goes backward first.
+    Of a ready-made reward model on the policy's device the weights are counted, not what its passes need.
     """
     base, sizes = _empty(model_args, dtype)
     with warnings.catch_warnings():
@@ -398,7 +410,11 @@ def ppo_plan(
         "judging": learner_rows,
         "update": (*learner_rows, "activation_checkpointing"),
     }
-    return _plan(model, sizes, args, phases, smaller)
+    plan = _plan(model, sizes, args, phases, smaller)
+    if ready_made is not None and ready_made.device == args.device:
+        judge = empty_base(ready_made.model_args, ready_made.dtype, AutoModelForSequenceClassification)
+        plan.held["reward model"] = base_bytes(judge, ready_made.model_args.load_in_4bit)
+    return plan
 
 
 class _Sizes(NamedTuple):

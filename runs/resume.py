@@ -33,7 +33,8 @@ TAKEN = (
 NOT_COMPARED = (
     "output_dir resume_from_checkpoint disable_tqdm log_level report_to log_with run_name project local_rank ddp_timeout "
     "model_name_or_path trust_remote_code prompt_date dataset columns dataset_split dataset_data_dir sft_model_lora_path "
-    "reward_model_lora_path merged_sft_model_path batched_gen allow_weak_reward use_cpu per_device_train_batch_size "
+    "reward_model_lora_path reward_model reward_device merged_sft_model_path batched_gen allow_weak_reward use_cpu "
+    "per_device_train_batch_size "
     "gradient_accumulation_steps batch_size mini_batch_size"
 )
 
@@ -129,9 +130,13 @@ def check_same_run(record: dict[str, Any], checkpoint: str | None, *arguments: A
     for name, what in sizes.items():
         if before.get(name, record[name]) != record[name]:
             refuse(what, before[name], record[name])
-    for argument, hash_now in record["adapters"].items():
-        if before.get("adapters", {}).get(argument, hash_now) != hash_now:
-            refuse(f"the adapter of --{argument}", before["arguments"][argument], "one with other weights")
+    hashes, hashes_now = before.get("adapters", record["adapters"]), record["adapters"]
+    for argument in {**hashes, **hashes_now}:
+        what = f"the adapter of --{argument}" if argument.endswith("_lora_path") else f"--{argument}"
+        if (argument in hashes) != (argument in hashes_now):
+            refuse(what, *(repr(each["arguments"].get(argument)) for each in (before, record)))
+        if hashes[argument] != hashes_now[argument]:
+            refuse(what, before["arguments"][argument], "one with other weights")
     if before.get("rows_hash", record["rows_hash"]) != record["rows_hash"]:
         refuse(
             "--dataset", before["data"]["dataset"], f"{record['data']['dataset']}, with other rows or in another order"

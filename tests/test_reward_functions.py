@@ -392,6 +392,7 @@ def test_the_page_about_functions(stages: Stages, tmp_path: Path, monkeypatch: p
     write_rows(tmp_path / "sums.jsonl", rows)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "my_rules", raising=False)  # of test_gold
     monkeypatch.chdir(tmp_path)
     words = (
         blocks["bash"].replace("\\\n", " ").replace("BASE", stages.base).replace("output/sft", stages.sft).split()[2:]
