@@ -173,9 +173,8 @@ class ReadyMade:
         """Score of each row of `encode`, float32 [B]."""
         ids = [row["input_ids"] for row in rows]
         pad_id = self.pad_id
-        if (
-            pad_id is None
-        ):  # a classifier without one reads the very last token: pad with what stands in none of the rows
+        if pad_id is None:
+            # a classifier without one reads the very last token: pad with one that stands in none of the rows
             used = {token for row in ids for token in row}
             pad_id = next(token for token in range(self.vocabulary) if token not in used)
             self.model.config.get_text_config().pad_token_id = pad_id
