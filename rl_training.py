@@ -50,9 +50,9 @@ from reporting.plots import draw_curves
 from reporting.progress import IterationLines
 from reporting.trackers import use_grouped_names
 from rewards.guard import Guard, Limits
-from rewards.ready_made import NAME as READY_MADE
 from rewards.ready_made import ReadyMade
 from rewards.reward_functions import RewardFunction, carried_columns, load_function, load_functions, try_function
+from rewards.reward_server import RewardServer
 from rewards.scores import (
     REWARD_MODEL,
     ScoreRules,
@@ -186,6 +186,13 @@ class PPOArguments(ResumableArguments, TrainingArguments):
         default=None,
         metadata={"help": "Where the --reward_model goes, as cuda:1 or cpu.  Default: the policy's device."},
     )
+    reward_server: str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a server that judges: it gets prompts and completions as JSON and answers scores; "
+            "docs/reward_models.md has the form."
+        },
+    )
     reward_function: str | None = field(
         default=None,
         metadata={
@@ -196,15 +203,15 @@ class PPOArguments(ResumableArguments, TrainingArguments):
     reward_weights: str | None = field(
         default=None,
         metadata={
-            "help": "Weights of --reward_model and each --reward_function, joined by commas; one more in front is the "
-            "reward adapter's.  Default: 1 each."
+            "help": "Weights of --reward_model, --reward_server and each --reward_function, joined by commas; one more in "
+            "front is the reward adapter's.  Default: 1 each."
         },
     )
     normalize_scores: bool = field(
         default=True,
         metadata={
-            "help": "Subtract the mean and divide by the standard deviation: of the reward card, and for --reward_model and "
-            "each reward function of the SFT model's own replies."
+            "help": "Subtract the mean and divide by the standard deviation: of the reward card, and for the other parts "
+            "of a score of the SFT model's own replies."
         },
     )
     score_clip: float = field(default=5.0, metadata={"help": "Normalised scores are clipped to +- this."})
@@ -846,19 +853,22 @@ def read_ready_made(args: PPOArguments, template: str) -> ReadyMade | None:
 def read_functions(
     args: PPOArguments, ready_made: ReadyMade | None = None
 ) -> tuple[list[RewardFunction], RewardFunction | None]:
-    """What judges beside the reward adapter, the ready-made model first, and gold.
+    """What judges beside the reward adapter (ready-made model, server, functions), and gold.
 
     Raises InputError where nothing would give a score.
     """
     functions = [] if args.reward_function is None else load_functions("--reward_function", args.reward_function)
-    if ready_made is not None:
-        for function in functions:
-            function.name = function.where if function.name == READY_MADE else function.name
-        functions = [ready_made.as_function(), *functions]
+    ours = [] if ready_made is None else [ready_made.as_function()]
+    if args.reward_server is not None:
+        ours.append(RewardServer(args.reward_server).as_function())
+    for function in functions:
+        if function.name in [each.name for each in ours]:
+            function.name = function.where
+    functions = [*ours, *functions]
     if not functions and args.reward_model_lora_path is None:
         raise InputError(
             "nothing says what a good reply is; add --reward_model_lora_path FOLDER, --reward_function MODULE:NAME, "
-            "--reward_model NAME or several of them"
+            "--reward_model NAME, --reward_server URL or several of them"
         )
     if args.values_from == "adapter" and args.reward_model_lora_path is None:
         raise InputError(
@@ -1000,6 +1010,8 @@ def main() -> None:
     same = {**identity(training_args, prompts.train, adapters), "prompt_date": day, "stop_token_ids": stop_ids}
     if ready_made is not None:
         same["adapters"]["reward_model"] = ready_made.fingerprint()
+    if training_args.reward_server is not None:
+        same["adapters"]["reward_server"] = "out of sight"
     record = run_record("ppo", base, model_args, training_args, data=asdict(data_args), **same)
     check_same_run(record, checkpoint, model_args, data_args, training_args)
     trainer = build_trainer(

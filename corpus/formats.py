@@ -189,6 +189,13 @@ def as_turns(prompt: Prompt) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
+def bare(prompt: Prompt) -> Prompt:
+    """A prompt without what its turns do not have: a data set puts None there, and templates ask whether it is there."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{name: value for name, value in turn.items() if value is not None} for turn in prompt]
+
+
 def _transcript(prompt: str) -> Prompt:
     """A transcript "Human: ... Assistant: ... Assistant:" becomes turns; any other prompt stays as it is."""
     text = prompt.strip()

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from corpus.chat_template import chat_text
-from corpus.formats import Message, Prompt, as_turns, assistant, message_text
+from corpus.formats import Message, Prompt, as_turns, assistant, bare, message_text
 from corpus.tokens import format_prompt
 from lora.base_model import base_config, is_missing_folder, load_safetensors, sample_hash
 from rewards.reward_functions import RewardFunction
@@ -81,8 +81,7 @@ class ReadyMade:
         Where the template takes no system message, as Gemma's, that stands in front of what the user says.  Raises
         InputError when the template refuses the dialogue all the same.
         """
-        # a data set fills what only some turns have with None, and templates ask whether it is there
-        turns = [{name: value for name, value in turn.items() if value is not None} for turn in as_turns(prompt)]
+        turns = bare(as_turns(prompt))
         try:
             return chat_text([*turns, assistant(response)], self.tokenizer, add_generation_prompt=False)
         except InputError as error:

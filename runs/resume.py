@@ -27,7 +27,7 @@ TAKEN = (
     "logging_steps logging_strategy logging_first_step eval_strategy eval_steps eval_delay eval_on_start "
     "per_device_eval_batch_size eval_dataset eval_dataset_split eval_dataset_data_dir eval_subset max_grad_norm "
     "max_nonfinite_steps load_best_model_at_end metric_for_best_model greater_is_better probe_prompts exempt_probes "
-    "gold_function"
+    "gold_function reward_server"
 )
 # Where things lie, who looks on, and what `identity` tells better: files may have moved, and processes may be fewer.
 NOT_COMPARED = (

@@ -692,6 +692,7 @@ ELSEWHERE = {  # file -> arguments whose effect is its subject, or that it gives
     "test_families": "lora_target_parameters",
     "test_gold": "gold_function",
     "test_reward_functions": "reward_function reward_weights",
+    "test_reward_server": "reward_server",
     "test_ready_made": "reward_model reward_dtype reward_load_in_4bit reward_device",
     "test_group_advantages": "advantage replies_per_prompt kl_in",
     "test_resume_changed": "prompt_date",

@@ -38,7 +38,8 @@ from utils.console import InputError
 from utils.files import read_jsonl
 
 CPU = torch.device("cpu")
-CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+CHAT = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% if m.tool_calls is defined %}, calls{% endif %}"
+CHAT += "{{ eos_token }}\n{% endfor %}"
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}<s>" + CHAT
 SHAPE = {"vocab_size": 330, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.3}
@@ -197,12 +198,15 @@ def test_of_a_long_text_the_reply_stays(folders: dict[str, str], name: str, caps
     assert capsys.readouterr().err.count("tokens, of which it reads the last 128") == 1
 
 
-def test_type_of_the_weights(folders: dict[str, str], capsys: pytest.CaptureFixture) -> None:
+def test_type_of_the_weights(folders: dict[str, str], tmp_path: Path) -> None:
     exact, half = (ready(folders["llama"], dtype=dtype) for dtype in ("auto", "bfloat16"))
     assert (exact.model.dtype, half.model.dtype) == (torch.float32, torch.bfloat16)
     assert half(["Hi"], ["Hello."]) == pytest.approx(exact(["Hi"], ["Hello."]), abs=0.1)
     assert not any(parameter.requires_grad for parameter in half.model.parameters())
     assert not half.model.training
+    half.model.save_pretrained(tmp_path)
+    half.tokenizer.save_pretrained(tmp_path)
+    assert ready(str(tmp_path)).model.dtype == torch.float32  # on a CPU, where bfloat16 is slow
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
@@ -244,6 +248,10 @@ def broken(folders: dict[str, str], stages: Stages, folder: Path, kind: str) -> 
     if kind == "tokenizer":
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             (folder / kind / file).unlink()
+    if kind == "template":  # which only the last prompt of the run does not suit
+        (folder / kind / "chat_template.jinja").write_text(
+            "{% if messages|length > 2 %}{{ raise_exception('two') }}{% endif %}x"
+        )
     if kind == "pickle":
         (folder / kind / "model.safetensors").rename(folder / kind / "pytorch_model.bin")
     if kind == "infinite":
@@ -263,6 +271,7 @@ def broken(folders: dict[str, str], stages: Stages, folder: Path, kind: str) -> 
         ("labels", "has 3 labels, and a reward is one number; give a model with one label"),
         ("head", "has no weights for score.weight, and would judge by random numbers; give a model that was trained"),
         ("tokenizer", "cannot load a tokenizer from --reward_model "),
+        ("template", "the chat template of --reward_model .* cannot write a dialogue of the prompt data: two; leave"),
         ("pickle", "cannot load the reward model .*: there is no .safetensors file in it"),
         ("infinite", "on the prompt .* and the reply '' gives nan; it has to give a finite number for every reply"),
     ],
@@ -298,7 +307,7 @@ def test_a_device_that_is_not_there(
 
 def command(stages: Stages, folder: Path, *more: str) -> list[str]:
     """A run of stage 3 in folder/run, on prompts of which one is a dialogue."""
-    rows = [{"messages": DIALOGUE}, *({"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS)]
+    rows = [*({"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS), {"messages": DIALOGUE}]
     data = write_rows(folder / "prompts.jsonl", rows)
     words = ["--model_name", stages.base, "--sft_model_lora_path", stages.sft, "--prompt_template", "{prompt}="]
     words += ["--dataset", data, "--steps", "4", "--save_freq", "2", "--batch_size", "4", "--mini_batch_size", "2"]

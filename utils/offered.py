@@ -79,8 +79,8 @@ INSTEAD = {
 # Sections of --help, in this order; what is in none of them is the Trainer's, and comes last.
 SECTIONS = {
     "what to train": "model_name_or_path prompt_template dtype load_in_4bit trust_remote_code sft_model_lora_path "
-    "reward_model_lora_path init_from_sft reward_model reward_dtype reward_load_in_4bit reward_device reward_function "
-    "reward_weights merged_sft_model_path critic ensemble_size ensemble_penalty plan",
+    "reward_model_lora_path init_from_sft reward_model reward_dtype reward_load_in_4bit reward_device reward_server "
+    "reward_function reward_weights merged_sft_model_path critic ensemble_size ensemble_penalty plan",
     "on what": "dataset columns dataset_split dataset_data_dir eval_dataset eval_dataset_split eval_dataset_data_dir "
     "eval_fraction prompt_date max_length train_on_turns train_subset eval_subset overlong_pairs",
     "LoRA": "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters use_rslora use_dora "
