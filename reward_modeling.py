@@ -17,6 +17,7 @@ import utils.quiet  # isort: skip  # noqa: F401 - before any library
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from corpus.chat_template import check_reply_end, reply_end_id, stop_token_ids
 from corpus.files import Rows, train_and_eval_rows
-from corpus.tokens import HELD_OUT, Preferences, check_template, tokenize_preferences
+from corpus.tokens import HELD_OUT, Preferences, Source, check_template, tokenize_preferences
 from lora.adapters import (
     SCORE_KEY,
     SavedAdapter,
@@ -50,6 +51,7 @@ from lora.sharding import check_state_dict, is_sharded, whole_parameters
 from reporting.plots import draw_card
 from reporting.trackers import show_card
 from rewards.broken_replies import KINDS, TRAIN_WEIGHT, broken_pairs
+from rewards.ready_made import ReadyMade
 from rewards.reward_card import (
     CARD_FILE,
     card_table,
@@ -84,6 +86,33 @@ from utils.batching import pad_right, part_size
 from utils.console import InputError, is_main_process, run_script, say
 from utils.files import write_json
 from utils.offered import EVERY_STAGE, FIRST_STAGES
+
+
+@dataclass
+class RewardModelArguments(ModelArguments):
+    """The base, or with --card_only a ready-made reward model in its place."""
+
+    reward_model: str | None = field(
+        default=None,
+        metadata={"help": "With --card_only: a ready-made reward model, a hub name or a folder, as stage 3 takes it."},
+    )
+    card_only: bool = field(
+        default=False, metadata={"help": "Train nothing: measure the --reward_model, and write its reward card."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.card_only != (self.reward_model is not None):
+            raise InputError(
+                "--card_only true and --reward_model NAME go together: a ready-made model is measured, and nothing trained; "
+                "give both or neither"
+            )
+        if self.card_only and self.model_name_or_path is not None:
+            raise InputError(
+                f"--card_only measures the --reward_model {self.reward_model}, and needs no base; leave out "
+                "--model_name_or_path"
+            )
+        self.model_name_or_path = self.reward_model or self.model_name_or_path
+        super().__post_init__()
 
 
 @dataclass
@@ -395,6 +424,7 @@ class Pairs(NamedTuple):
     train_lengths: np.ndarray  # response tokens of people's training pairs, int [N, 2]
     evaluation: Dataset  # people's pairs
     probes: list[dict[str, Any]]  # held-out pairs with a broken response, from `broken_pairs`
+    sources: Sequence[Source] = ()  # of the held-out pairs
 
 
 def add_broken_pairs(
@@ -435,7 +465,7 @@ def read_pairs(data: RewardDataArguments, template: str, tokenizer: PreTrainedTo
     held_out = tokenize_preferences(first_rows(eval_rows, data.eval_subset), *limits, HELD_OUT)
     counts = dict.fromkeys(KINDS, data.probe_prompts)
     probes = broken_pairs(held_out.sources, counts, tokenizer, end_id, data.max_length, seed, held_out=True)
-    return Pairs(train, response_lengths(ordinary.pairs), held_out.pairs, probes)
+    return Pairs(train, response_lengths(ordinary.pairs), held_out.pairs, probes, held_out.sources)
 
 
 def sample_sft_responses(
@@ -492,18 +522,67 @@ def write_card(
         f"after {trainer.state.global_step} optimizer steps at learning rate {args.learning_rate:g}, rank {lora_r}"
     )
     card = make_card(prediction.metrics, *evaluated, probed, data.exempt, trained)
-    write_json(card, args.output_dir, CARD_FILE)
     trainer.accelerator.unwrap_model(trainer.model).create_or_update_model_card(args.output_dir)
-    scores |= {"chosen": prediction.predictions[:, 0], "rejected": prediction.predictions[:, 1]}
-    draw_card(card, scores, args.output_dir)
+    keep_card(card, scores, prediction.predictions, args.output_dir)
     for callback in trainer.callback_handler.callbacks:
         show_card(callback, card, args.output_dir, trainer.state.global_step)
     # a model that has not learned fails most probes, and a wall of those would hide why
-    unlearnt = hardly_learned(card) and not card["passed"]
-    say(pairs_table(card) if unlearnt else card_table(card))
+    say_card(card, short=hardly_learned(card) and not card["passed"])
+
+
+def keep_card(card: dict[str, Any], scores: dict[str, np.ndarray], of_pairs: np.ndarray, folder: str) -> None:
+    """Write and draw it.  scores: of `probe`; of_pairs: those of the held-out pairs, [N, 2]."""
+    write_json(card, folder, CARD_FILE)
+    draw_card(card, {**scores, "chosen": of_pairs[:, 0], "rejected": of_pairs[:, 1]}, folder)
+
+
+def say_card(card: dict[str, Any], short: bool = False) -> None:
+    """Print it with its verdict; short: without the probes."""
+    say(pairs_table(card) if short else card_table(card))
     say("the reward model " + ("passed" if card["passed"] else "FAILED: " + in_short(card["failed"])))
-    if card["not_shown"] and not unlearnt:
+    if card["not_shown"] and not short:
         say("too few prompts to tell, which fails nothing: " + in_short(card["not_shown"]))
+
+
+def write_ready_made_card(model_args: RewardModelArguments, data: RewardDataArguments, args: RewardArguments) -> None:
+    """Measure a ready-made reward model on held-out pairs and broken replies, in its own form; write and print its card.
+
+    Raises InputError for what is no such model.
+    """
+    model = ReadyMade(model_args, 2 * args.per_device_eval_batch_size, args.device)
+    tokenizer = model.tokenizer_of_pairs()
+    data.degenerate_ratio = 0.0
+    pairs = read_pairs(data, "{prompt}", tokenizer, args.seed)
+    model.check_prompts(source.whole for source in pairs.sources if not isinstance(source.whole, str))
+    model.load()
+    asked = {tuple(source.query): source.whole for source in pairs.sources}
+    texts = {
+        tuple(ids := pair[side]): (
+            asked[tuple(ids[: pair["query_length"]])],
+            tokenizer.decode(ids[pair["query_length"] :], skip_special_tokens=True),
+        )
+        for pair in pairs.probes
+        for side in ("chosen_ids", "rejected_ids")
+    }
+
+    def score(sequences: list[list[int]], description: str) -> np.ndarray:
+        say(f"{description}: {len(sequences)}")
+        return np.array(model(*zip(*(texts[tuple(ids)] for ids in sequences), strict=True)))
+
+    prompts = [source.whole for source in pairs.sources]
+    sides = [[source.chosen for source in pairs.sources], [source.rejected for source in pairs.sources]]
+    scores = np.stack([model(prompts, side) for side in sides], axis=1)
+    lengths = np.array([[len(source.chosen_ids), len(source.rejected_ids)] for source in pairs.sources]) + 1
+    measures = {f"eval_{name}": value for name, value in pair_measures(scores, lengths).items()}
+    measures["eval_loss"] = float(pairwise_loss(*torch.tensor(scores).T, center_coefficient=0.0))
+    probed, of_probes = probe(score, pairs.probes, [])
+    probed |= {"reward_model": model.where, "fingerprint": model.fingerprint()}
+    card = make_card(measures, scores, lengths, pairs.train_lengths, probed, data.exempt, trained="")
+    if is_main_process():
+        os.makedirs(args.output_dir, exist_ok=True)
+        keep_card(card, of_probes, scores, args.output_dir)
+    say_card(card)
+    say(f"reward card: {args.output_dir}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,10 +625,13 @@ def build_trainer(
 def main() -> None:
     # ---- Arguments ----
     model_args, data_args, lora_args, training_args, plan_args = parse_arguments(
-        (ModelArguments, RewardDataArguments, LoraArguments, RewardArguments, PlanArguments),
+        (RewardModelArguments, RewardDataArguments, LoraArguments, RewardArguments, PlanArguments),
         description="Stage 2: LoRA reward model.",
     )
     dtype, checkpoint = start_stage("reward", model_args, training_args, plan_args.plan)
+    if model_args.card_only:
+        write_ready_made_card(model_args, data_args, training_args)
+        return
     sft = None
     if data_args.sft_model_lora_path is not None or training_args.init_from_sft:
         sft = read_adapter(data_args.sft_model_lora_path, "--sft_model_lora_path")

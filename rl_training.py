@@ -186,6 +186,13 @@ class PPOArguments(ResumableArguments, TrainingArguments):
         default=None,
         metadata={"help": "Where the --reward_model goes, as cuda:1 or cpu.  Default: the policy's device."},
     )
+    reward_card: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder with the reward card of the --reward_model, written by reward_modeling.py --card_only.  "
+            "Default: the model's own folder."
+        },
+    )
     reward_server: str | None = field(
         default=None,
         metadata={
@@ -219,7 +226,10 @@ class PPOArguments(ResumableArguments, TrainingArguments):
         default=1.0, metadata={"help": "Subtracted from the normalised score of a reply that was cut by the limit."}
     )
     allow_weak_reward: bool = field(
-        default=False, metadata={"help": "Go on with a reward adapter whose card is missing or did not pass."}
+        default=False,
+        metadata={
+            "help": "Go on with a reward adapter whose card is missing or did not pass, or such a --reward_model."
+        },
     )
     floor_broken_replies: bool = field(
         default=True, metadata={"help": "Score empty, blank, looping and echoing replies below all others."}
@@ -982,6 +992,7 @@ def main() -> None:
         for rows in prompts:
             ready_made.check_prompts([] if rows is None else rows["turns"])
         ready_made.load()
+        ready_made.check_card(training_args.reward_card, training_args.allow_weak_reward)
     for function in judges:
         try_function(function, prompts.train[0], tokenizer.eos_token_id)
 

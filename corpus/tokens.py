@@ -229,6 +229,7 @@ class Source(NamedTuple):
     """A preference row that broken responses can be made from: both responses hold text and fit whole."""
 
     prompt: str  # the last turn, without the template
+    whole: Prompt  # all of it, as the data have it
     query: list[int]
     chosen: str
     chosen_ids: list[int]  # of the response alone, without its end
@@ -302,7 +303,7 @@ def tokenize_preferences(
         fits = max(map(len, responses)) < room  # the end comes behind
         if fits and not is_blank(texts[1]):
             asked = as_turns(prompt)[-1]["content"]
-            sources.append(Source(asked, query, texts[0], responses[0], texts[1], responses[1]))
+            sources.append(Source(asked, prompt, query, texts[0], responses[0], texts[1], responses[1]))
         if not math.isfinite(margin):
             return Encoded(["margin is no number"], [])
         if responses[0] == responses[1]:

@@ -9,18 +9,27 @@ Such a model stands beside the base and judges texts, in a tokenizer and a form 
 A score is what transformers gives for that text alone, whatever it is batched with.
 """
 
+import copy
 import os
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from corpus.chat_template import chat_text
-from corpus.formats import Message, Prompt, as_turns, assistant, bare, message_text
+from corpus.formats import Message, Prompt, as_turns, assistant, message_text
 from corpus.tokens import format_prompt
 from lora.base_model import base_config, is_missing_folder, load_safetensors, sample_hash
+from rewards.reward_card import CARD_FILE, read_card
 from rewards.reward_functions import RewardFunction
+from rewards.scores import check_card
 from utils.arguments import ModelArguments
 from utils.batching import pad_right
 from utils.console import InputError, one_line, say
@@ -81,7 +90,7 @@ class ReadyMade:
         Where the template takes no system message, as Gemma's, that stands in front of what the user says.  Raises
         InputError when the template refuses the dialogue all the same.
         """
-        turns = bare(as_turns(prompt))
+        turns = as_turns(prompt)
         try:
             return chat_text([*turns, assistant(response)], self.tokenizer, add_generation_prompt=False)
         except InputError as error:
@@ -197,6 +206,38 @@ class ReadyMade:
     def as_function(self) -> RewardFunction:
         """It as one of the functions that make a score."""
         return RewardFunction("--reward_model", self.where, self, may_skip=False, name=NAME)
+
+    def tokenizer_of_pairs(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer with something that ends a reply, which BERT's has no token for, to cut and count replies by."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        if tokenizer.eos_token is None:
+            tokenizer.eos_token = tokenizer.sep_token or tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
+        return tokenizer
+
+    def check_card(self, folder: str | None, allow_weak: bool) -> None:
+        """Look at its reward card, in `folder` or else in its own; without one there is a warning.
+
+        Raises InputError when the card says that the model did not pass, unless `allow_weak`, or is of another model.
+        """
+        card = read_card(folder or self.where)
+        measure = f"`python reward_modeling.py --card_only true --reward_model {self.where} --dataset PAIRS"
+        measure += " --output_dir CARD`"
+        if card is None and folder is None:
+            say(
+                f"warning: nobody has tried the reward model {self.where} with broken replies; {measure} does, and with "
+                "--reward_card CARD this run reads the result"
+            )
+            return
+        if card is None:
+            raise InputError(f"--reward_card {folder} has no {CARD_FILE} in it; {measure} writes one")
+        if card.get("fingerprint", self.fingerprint()) != self.fingerprint():
+            if card["reward_model"] != self.where:
+                raise InputError(
+                    f"the card in {folder or self.where} is that of {card['reward_model']}, and not of --reward_model "
+                    f"{self.where}; {measure} writes one"
+                )
+            say(f"warning: the card of the reward model {self.where} is of other weights, or of another type of them")
+        check_card(card, f"the reward model {self.where}", "take another one", allow_weak)
 
     def fingerprint(self) -> str:
         """Short hash of its weights, the head included, wherever its files lie."""

@@ -186,7 +186,7 @@ def make_card(
     evaluation: the Trainer's metrics of the held-out pairs, eval_loss and those of `pair_measures`; scores, lengths: of the
     same pairs; train_lengths: of the training pairs, int [M, 2]; probed: from `probe`, and whatever else is to be in the
     card; exempt: kinds of broken responses that do not decide; trained: steps, learning rate and rank in words, for the
-    reason of a model that hardly learned.
+    reason of a model that hardly learned; empty for one that others have trained.
     """
     margins = scores[:, 0] - scores[:, 1]
     card = {
@@ -289,7 +289,7 @@ def verdict(card: dict[str, Any], exempt: Sequence[str], trained: str) -> dict[s
         elif found == "not shown":
             needed = prompts_to_tell(card["probes"][kind], PROBE_THRESHOLD)
             not_shown.append(f"{words}; with this share it takes {needed} prompts to tell")
-    if hardly_learned(card) and (failed or failed_probes):
+    if trained and hardly_learned(card) and (failed or failed_probes):
         found = f"its loss on held-out pairs is {card['loss']:.3f}, equal scores give 0.693, and its scores have a standard "
         found += f"deviation of {card['score_std']:.3f}"
         remedy = "most likely the learning rate is too low or the steps are too few: raise --learning_rate, "

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,29 +110,37 @@ def part_weights(given: str | None, functions: list[str], has_reward_model: bool
     return dict(zip(names, weights, strict=True))
 
 
-def read_statistics(reward: SavedAdapter, allow_weak: bool) -> ScoreStatistics:
-    """Mean and standard deviation of the scores out of the reward card; 0 and 1 where there is none.
+def check_card(card: dict[str, Any] | None, what: str, remedy: str, allow_weak: bool) -> None:
+    """Say what a reward card leaves open.
 
-    Raises InputError when the card is missing or says that the model did not pass, unless `allow_weak` lets it through
-    with a warning: PPO finds whatever a reward model likes by mistake.
+    Raises InputError when there is no card or the model did not pass, unless `allow_weak` lets it through with a warning:
+    PPO finds whatever a reward model likes by mistake.  what: the model in words; remedy: what else to do.
     """
-    card = read_card(reward.path)
     if card is None:
-        weak = f"the reward adapter {reward.path} has no reward_card.json, so nothing is known about it"
+        weak = f"{what} has no reward_card.json, so nothing is known about it"
     elif not card.get("passed"):
         reasons = in_short(card.get("failed", [])) or "it is the card of an older version"
-        weak = f"the reward adapter {reward.path} did not pass its reward card: {reasons}"
+        weak = f"{what} did not pass its reward card: {reasons}"
     else:
         weak = None
     if weak and not allow_weak:
         raise InputError(
-            f"{weak}; train it again with reward_modeling.py, on more data or with a higher --degenerate_ratio, or go on at "
-            "your own risk: the same rl_training.py command with --allow_weak_reward true"
+            f"{weak}; {remedy}, or go on at your own risk: the same rl_training.py command with --allow_weak_reward true"
         )
     if weak:
         say(f"warning: {weak}")
     if card and card.get("not_shown"):
         say(f"note: the reward card had too few prompts to tell: {in_short(card['not_shown'])}")
+
+
+def read_statistics(reward: SavedAdapter, allow_weak: bool) -> ScoreStatistics:
+    """Mean and standard deviation of the scores out of the reward card; 0 and 1 where there is none.
+
+    Raises InputError as `check_card` does.
+    """
+    card = read_card(reward.path)
+    remedy = "train it again with reward_modeling.py, on more data or with a higher --degenerate_ratio"
+    check_card(card, f"the reward adapter {reward.path}", remedy, allow_weak)
     if card is None:
         return ScoreStatistics()
     return ScoreStatistics(card["score_mean"], card["score_std"] or 1.0)

@@ -33,9 +33,8 @@ TAKEN = (
 NOT_COMPARED = (
     "output_dir resume_from_checkpoint disable_tqdm log_level report_to log_with run_name project local_rank ddp_timeout "
     "model_name_or_path trust_remote_code prompt_date dataset columns dataset_split dataset_data_dir sft_model_lora_path "
-    "reward_model_lora_path reward_model reward_device merged_sft_model_path batched_gen allow_weak_reward use_cpu "
-    "per_device_train_batch_size "
-    "gradient_accumulation_steps batch_size mini_batch_size"
+    "reward_model_lora_path reward_model reward_device reward_card merged_sft_model_path batched_gen allow_weak_reward "
+    "use_cpu per_device_train_batch_size gradient_accumulation_steps batch_size mini_batch_size"
 )
 
 

@@ -138,6 +138,7 @@ def test_help_is_complete_and_exits_with_0(capsys):
 
 OURS = [
     ModelArguments,
+    reward_modeling.RewardModelArguments,
     DataArguments,
     LoraArguments,
     reward_modeling.RewardDataArguments,

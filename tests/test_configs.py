@@ -20,7 +20,7 @@ SCRIPTS = {"sft": sft_training, "reward": reward_modeling, "ppo": rl_training}  
 ARGUMENTS = {  # the dataclasses of a script, in the order of its main()
     "sft": (ModelArguments, DataArguments, LoraArguments, sft_training.SFTArguments, PlanArguments),
     "reward": (
-        ModelArguments,
+        reward_modeling.RewardModelArguments,
         reward_modeling.RewardDataArguments,
         LoraArguments,
         reward_modeling.RewardArguments,

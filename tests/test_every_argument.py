@@ -49,7 +49,7 @@ SCRIPTS = {"sft": sft_training, "reward": reward_modeling, "ppo": rl_training}
 KINDS = {
     "sft": (ModelArguments, DataArguments, LoraArguments, sft_training.SFTArguments, PlanArguments),
     "reward": (
-        ModelArguments,
+        reward_modeling.RewardModelArguments,
         reward_modeling.RewardDataArguments,
         LoraArguments,
         reward_modeling.RewardArguments,
@@ -693,7 +693,7 @@ ELSEWHERE = {  # file -> arguments whose effect is its subject, or that it gives
     "test_gold": "gold_function",
     "test_reward_functions": "reward_function reward_weights",
     "test_reward_server": "reward_server",
-    "test_ready_made": "reward_model reward_dtype reward_load_in_4bit reward_device",
+    "test_ready_made": "reward_model reward_dtype reward_load_in_4bit reward_device reward_card card_only",
     "test_group_advantages": "advantage replies_per_prompt kl_in",
     "test_resume_changed": "prompt_date",
     "test_input_errors": "allow_weak_reward max_length",

@@ -27,7 +27,9 @@ from transformers import (
 )
 
 import merge_lora
+import reward_modeling
 import rl_training
+from corpus.formats import as_turns, bare
 from lora.adapters import read_adapter
 from rewards.ready_made import ReadyMade
 from runs.memory_plan import ppo_plan
@@ -424,3 +426,138 @@ def test_names_stay_apart(folders: dict[str, str], monkeypatch: pytest.MonkeyPat
     model = ReadyMade(ModelArguments(folders["llama"]), 4, CPU)
     functions, _ = rl_training.read_functions(args, model)
     assert [function.name for function in functions] == ["ready_made", "tests.judges:ready_made"]
+
+
+# ---- The card ----
+
+PAIRS = [
+    {
+        "prompt": f"What about {word}?",
+        "chosen": f"The {word} is very good today, I think so.",
+        "rejected": f"No {word} here.",
+    }
+    for word in (
+        "tea",
+        "soup",
+        "cats",
+        "dogs",
+        "bread",
+        "rice",
+        "the park",
+        "the mat",
+        "Paris",
+        "coffee",
+        "milk",
+        "fish",
+    )
+]
+
+
+def card_command(folder: Path, model: str) -> list[str]:
+    rows = [
+        *PAIRS[:-1],
+        {"chosen": [*bare(DIALOGUE), *said("Yes, gladly.")], "rejected": [*bare(DIALOGUE), *said("No.")]},
+    ]
+    rows = [
+        {side: row[side] if "prompt" not in row else as_turns(row["prompt"]) + said(row[side]) for side in SIDES}
+        for row in rows
+    ]
+    data = write_rows(folder / "pairs.jsonl", rows)
+    words = ["--card_only", "true", "--reward_model", model, "--dataset", data, "--eval_dataset", data]
+    return [*words, "--max_length", "120", "--output_dir", str(folder / "card")]
+
+
+SIDES = ("chosen", "rejected")
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_card_by_hand(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    """Its pairs and the probe with an empty reply, scored by plain transformers."""
+    run_main(reward_modeling, card_command(tmp_path, folders[name]), monkeypatch)
+    card = json.loads((tmp_path / "card" / "reward_card.json").read_text(encoding="utf-8"))
+    right = good = 0
+    for row in PAIRS[:-1]:
+        chosen, rejected, empty = (
+            plain_score(folders[name], *by_hand(name, row["prompt"], text))
+            for text in (row["chosen"], row["rejected"], "")
+        )
+        right, good = right + (chosen > rejected), good + (chosen > empty)
+    texts = {
+        "llama": "[system] Be kind.</s>\n[user] Hi</s>\n[assistant] Hello</s>\n[user] Tea?</s>\n[assistant] {}</s>\n"
+    }
+    pair = ("Be kind.\n\nHi\n\nHello\n\nTea?",)
+    chosen, rejected, empty = (
+        plain_score(folders[name], *((texts[name].format(text),) if name in texts else (*pair, text)))
+        for text in ("Yes, gladly.", "No.", "")
+    )
+    assert card["accuracy"] == pytest.approx((right + (chosen > rejected)) / 12)
+    assert card["probes"]["empty"] == pytest.approx((good + (chosen > empty)) / card["probe_counts"]["empty"])
+    assert card["probe_counts"]["empty"] == 12
+    assert (card["reward_model"], card["eval_pairs"]) == (folders[name], 12)
+    assert (tmp_path / "card" / "reward_card.png").exists()
+    assert "the reward model FAILED: " in capsys.readouterr().err  # its weights are random
+
+
+def test_stage_3_reads_the_card(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    model = ready(folders["llama"])
+    model.check_card(None, allow_weak=False)
+    said_of_it = capsys.readouterr().err
+    assert "warning: nobody has tried the reward model" in said_of_it
+    assert f"--card_only true --reward_model {folders['llama']} " in said_of_it
+    with pytest.raises(
+        InputError, match=r"--reward_card .* has no reward_card.json in it; `python reward_modeling.py --card"
+    ):
+        model.check_card(str(tmp_path), allow_weak=False)
+    card = {"score_mean": 0.0, "score_std": 1.0, "passed": False, "failed": ["probe empty 0.1"]}
+    card |= {"reward_model": folders["llama"], "fingerprint": model.fingerprint()}
+    file = tmp_path / "reward_card.json"
+    file.write_text(json.dumps(card))
+    refused = (
+        "the reward model .*llama did not pass its reward card: probe empty 0.1; take another one, or go on at your own"
+    )
+    with pytest.raises(InputError, match=refused):
+        model.check_card(str(tmp_path), allow_weak=False)
+    model.check_card(str(tmp_path), allow_weak=True)
+    assert "warning: the reward model" in capsys.readouterr().err
+    file.write_text(json.dumps(card | {"passed": True}))
+    model.check_card(str(tmp_path), allow_weak=False)
+    assert capsys.readouterr().err == ""
+    file.write_text(json.dumps(card | {"passed": True, "fingerprint": "other"}))
+    model.check_card(str(tmp_path), allow_weak=False)
+    assert "is of other weights, or of another type of them" in capsys.readouterr().err
+    file.write_text(json.dumps(card | {"reward_model": "other/model", "passed": True, "fingerprint": "other"}))
+    with pytest.raises(InputError, match=r"is that of other/model, and not of --reward_model .*llama"):
+        model.check_card(str(tmp_path), allow_weak=False)
+
+
+def test_the_run_is_refused_by_the_card(
+    folders: dict[str, str], stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = {"score_mean": 0.0, "score_std": 1.0, "passed": False, "failed": ["probe empty 0.1"]}
+    (tmp_path / "reward_card.json").write_text(json.dumps(card))
+    monkeypatch.setattr(rl_training, "load_base", None)
+    words = command(stages, tmp_path, "--reward_model", folders["llama"], "--reward_card", str(tmp_path))
+    with pytest.raises(InputError, match=r"did not pass its reward card: probe empty 0.1"):
+        run_main(rl_training, words, monkeypatch)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--card_only true", "--card_only true and --reward_model NAME go together"),
+        ("--model_name a --reward_model b", "--card_only true and --reward_model NAME go together"),
+        ("--card_only true --reward_model b --model_name a", "needs no base; leave out --model_name_or_path"),
+    ],
+)
+def test_a_card_alone_or_a_training(monkeypatch: pytest.MonkeyPatch, words: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run_main(reward_modeling, words.split(), monkeypatch)

@@ -160,3 +160,16 @@ def test_a_run_on_a_server_and_its_resumption(
     run_main(rl_training, [*words, "--reward_server", serve(lengths)], monkeypatch)
     assert "going on with --reward_server http://127.0.0.1:" in capsys.readouterr().err
     assert (tmp_path / "run" / "samples.jsonl").read_bytes() == samples
+
+
+def test_the_server_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "reward_models.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(source, names)
+    server = HTTPServer(("127.0.0.1", 0), names["Scores"])
+    monkeypatch.setattr(names["Scores"], "log_message", lambda *words: None)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    assert scores(f"http://127.0.0.1:{server.server_port}/scores") == [-99.0, -97.0]
+    server.shutdown()
+    server.server_close()

@@ -79,7 +79,8 @@ INSTEAD = {
 # Sections of --help, in this order; what is in none of them is the Trainer's, and comes last.
 SECTIONS = {
     "what to train": "model_name_or_path prompt_template dtype load_in_4bit trust_remote_code sft_model_lora_path "
-    "reward_model_lora_path init_from_sft reward_model reward_dtype reward_load_in_4bit reward_device reward_server "
+    "reward_model_lora_path init_from_sft reward_model reward_dtype reward_load_in_4bit reward_device reward_card "
+    "card_only reward_server "
     "reward_function reward_weights merged_sft_model_path critic ensemble_size ensemble_penalty plan",
     "on what": "dataset columns dataset_split dataset_data_dir eval_dataset eval_dataset_split eval_dataset_data_dir "
     "eval_fraction prompt_date max_length train_on_turns train_subset eval_subset overlong_pairs",
@@ -139,7 +140,18 @@ NEEDS = (
         "leaving out --init_from_sft, which takes the SFT adapter's shape",
         lambda args: not getattr(args, "init_from_sft", False),
     ),
-    ("reward_dtype reward_load_in_4bit reward_device", "--reward_model", lambda args: args.reward_model is not None),
+    (
+        "reward_dtype reward_load_in_4bit reward_device reward_card",
+        "--reward_model",
+        lambda args: args.reward_model is not None,
+    ),
+    (
+        "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps lora_r lora_alpha "
+        "lora_dropout lora_target_modules ensemble_size degenerate_ratio center_rewards_coefficient sft_model_lora_path "
+        "init_from_sft prompt_template plan",
+        "leaving out --card_only, which trains nothing",
+        lambda args: not getattr(args, "card_only", False),
+    ),
     ("ensemble_penalty", "an --ensemble_size above 1", lambda args: args.ensemble_size > 1),
     (
         "critic gamma gae_lambda value_clip_range value_coef value_learning_rate value_warmup_iterations",
