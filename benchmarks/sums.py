@@ -3,7 +3,7 @@
     python -m benchmarks.sums --output_dir sums                              one seed, ours alone: a few minutes on a CPU
     python -m benchmarks.sums --output_dir sums --seeds 0 1 2 3 4 --trl      five seeds, both sides
 
-The base is a Llama of 0.8 million parameters, pretrained here for two minutes on lines like "37+8=45", of which one in
+The base is a Llama of 0.8 million parameters, pretrained here for a minute on lines like "37+8=45", of which one in
 four is wrong. SFT with LoRA on 128 right ones teaches to stop behind the answer. RLOO with `right_sum` learns on prompts
 with their answers: no reward model, no critic. Accuracy is counted on sums that nothing has trained on, each answered
 once at temperature 1, as RLOO samples, and once by the likeliest tokens. TRL's RLOOTrainer gets the same SFT adapter,
@@ -34,7 +34,7 @@ from rewards.rules import Texts, exact_answer
 from utils.console import run_script
 from utils.files import read_jsonl, write_json
 
-PRETRAINING_STEPS, ROWS, WRONG = 800, 32, 0.25
+PRETRAINING_STEPS, ROWS, WRONG = 400, 32, 0.25
 HELD_OUT, SFT_ROWS = 160, 128
 # Of both sides.
 ITERATIONS, REPLIES, PER_PROMPT, MINI_BATCH, LENGTH, RATE, KL = 150, 128, 8, 64, 12, 3e-4, 0.02

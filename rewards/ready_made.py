@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from corpus.chat_template import chat_text
+from corpus.chat_template import chat_text, moves_system
 from corpus.formats import Message, Prompt, as_turns, assistant, message_text
 from corpus.tokens import format_prompt
 from lora.base_model import base_config, is_missing_folder, load_safetensors, sample_hash
@@ -87,16 +87,14 @@ class ReadyMade:
     def chat(self, prompt: Prompt, response: str) -> str:
         """The dialogue in the model's chat template, the response as its last turn.
 
-        Where the template takes no system message, as Gemma's, that stands in front of what the user says.  Raises
-        InputError when the template refuses the dialogue all the same.
+        Raises InputError when the template refuses the dialogue.
         """
-        turns = as_turns(prompt)
+        dialogue = [*as_turns(prompt), assistant(response)]
+        if moves_system(dialogue, self.tokenizer):
+            self.note("system", "its chat template takes no system message; it stands in front of the user's words")
         try:
-            return chat_text([*turns, assistant(response)], self.tokenizer, add_generation_prompt=False)
+            return chat_text(dialogue, self.tokenizer, add_generation_prompt=False)
         except InputError as error:
-            if [turn["role"] for turn in turns[:2]] == ["system", "user"]:
-                self.note("system", "its chat template takes no system message; it stands in front of the user's")
-                return self.chat(system_in_front(turns), response)
             raise InputError(
                 f"the chat template of --reward_model {self.where} cannot write a dialogue of the prompt data: "
                 f"{one_line(error.__cause__ or error)}; leave such dialogues out, or give another model"
@@ -267,12 +265,6 @@ def one_label_config(model_args: ModelArguments) -> PreTrainedConfig:
             f"--reward_model {name} has {config.num_labels} labels, and a reward is one number; give a model with one label"
         )
     return config
-
-
-def system_in_front(turns: list[Message]) -> list[Message]:
-    """A dialogue whose system message stands in front of the first thing that the user says."""
-    system, first, *others = turns
-    return [{**first, "content": f"{message_text(system)}\n\n{message_text(first)}"}, *others]
 
 
 def longest_text(model: PreTrainedModel, of_tokenizer: int) -> int:
