@@ -522,8 +522,8 @@ def write_card(
         f"after {trainer.state.global_step} optimizer steps at learning rate {args.learning_rate:g}, rank {lora_r}"
     )
     card = make_card(prediction.metrics, *evaluated, probed, data.exempt, trained)
-    trainer.accelerator.unwrap_model(trainer.model).create_or_update_model_card(args.output_dir)
     keep_card(card, scores, prediction.predictions, args.output_dir)
+    trainer.accelerator.unwrap_model(trainer.model).create_or_update_model_card(args.output_dir)
     for callback in trainer.callback_handler.callbacks:
         show_card(callback, card, args.output_dir, trainer.state.global_step)
     # a model that has not learned fails most probes, and a wall of those would hide why
